@@ -1,0 +1,59 @@
+// The balance between K teachers: what one step does to the temperatures and the weights.
+// Everything is double and of length K; it runs once a step, on one thread.
+#pragma once
+
+#include "../kernels.h"
+#include "common.h"
+
+BMTARD_NAMESPACE_BEGIN
+
+// Normalization Loss Balance: each weight moves towards its teacher's share of the relative
+// losses r_k = (L_k / L0_k) ** exponent, then all are scaled to sum 1.
+BMTARD_HD void balance_weights(int32_t teachers, const double* losses,
+                               const double* initial_losses, double weight_lr, double exponent,
+                               double* weights) {
+  using std::pow;
+  double relative[kMaxTeachers];
+  double total = 0;
+  for (int32_t k = 0; k < teachers; ++k) {
+    // A teacher that was matched from the start has no relative speed: count it as 1.
+    double r = initial_losses[k] > 0 ? losses[k] / initial_losses[k] : 1.0;
+    r = r > 0 ? r : 0;  // rounding can leave a KL slightly below 0
+    relative[k] = exponent == 1.0 ? r : pow(r, exponent);
+    total += relative[k];
+  }
+  double sum = 0;
+  for (int32_t k = 0; k < teachers; ++k) {
+    const double share = total > 0 ? relative[k] / total : 1.0 / teachers;
+    double w = (1.0 - weight_lr) * weights[k] + weight_lr * share;
+    w = w > 0 ? w : 0;
+    weights[k] = w;
+    sum += w;
+  }
+  for (int32_t k = 0; k < teachers; ++k) weights[k] = sum > 0 ? weights[k] / sum : 1.0 / teachers;
+}
+
+// Entropy-Based Balance as published: a fixed step down for a teacher whose entropy is
+// above the mean of the others', up for one below.
+BMTARD_HD void sign_step(int32_t teachers, const double* entropies, double temperature_lr,
+                         double low, double high, double* temperatures) {
+  if (teachers < 2) return;
+  double total = 0;
+  for (int32_t k = 0; k < teachers; ++k) total += entropies[k];
+  for (int32_t k = 0; k < teachers; ++k) {
+    const double others = (total - entropies[k]) / (teachers - 1);
+    const double sign = (entropies[k] > others) - (entropies[k] < others);
+    const double t = temperatures[k] - temperature_lr * sign;
+    temperatures[k] = t < low ? low : (t > high ? high : t);
+  }
+}
+
+// The way from a temperature to the one that was found, in log space.
+BMTARD_HD double move_temperature(double current, double found, double momentum) {
+  using std::exp;
+  using std::log;
+  if (momentum == 0.0) return found;
+  return exp(momentum * log(current) + (1.0 - momentum) * log(found));
+}
+
+BMTARD_NAMESPACE_END

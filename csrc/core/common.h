@@ -1,0 +1,51 @@
+// What every header of the mathematics shares.
+//
+// T is a value type: float or double, or on the CPU a SIMD vector of either, so that one
+// text serves a CUDA thread and a row of vector lanes. `real` is always a scalar.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define BMTARD_HD __host__ __device__ __forceinline__
+#else
+#define BMTARD_HD inline
+#endif
+
+// The CPU kernels are compiled once per instruction set. Each build lives in a namespace
+// of its own: otherwise the linker would merge equal inline functions and could keep the
+// AVX-512 one for a machine that has none.
+#if !defined(BMTARD_TARGET)
+#define BMTARD_TARGET generic
+#endif
+#define BMTARD_NAMESPACE_BEGIN \
+  namespace bmtard {           \
+  inline namespace BMTARD_TARGET {
+#define BMTARD_NAMESPACE_END \
+  }                          \
+  }
+
+BMTARD_NAMESPACE_BEGIN
+
+template <typename T>
+BMTARD_HD T select(bool condition, T if_true, T if_false) {
+  return condition ? if_true : if_false;
+}
+
+// exp() of anything below is 0, in float and in double.
+constexpr double kExpFloor = -750.0;
+
+// Raises -inf and other logits without weight to kExpFloor, where exp(u) * u^k is exactly
+// 0 instead of 0 * -inf = NaN. A NaN passes through.
+template <typename T>
+BMTARD_HD T floor_exponent(T u) {
+  return select(u < T(kExpFloor), T(kExpFloor), u);
+}
+
+template <typename real>
+BMTARD_HD bool is_finite(real x) {
+  return x - x == real(0);
+}
+
+BMTARD_NAMESPACE_END

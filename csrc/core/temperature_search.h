@@ -1,0 +1,154 @@
+// The temperature at which an entropy, or a mean of entropies, has a given value.
+//
+// A bracketed Halley iteration on G = log(H / (log C - H)) as a function of
+// x = log temperature, where G is close to linear:
+//   x <- x - 2 F g1 / (2 g1^2 - F g2),  F = G - G*,  g1 = dG/dx,  g2 = d2G/dx2.
+// The entropy grows with the temperature, so every evaluation tightens a bracket; a step
+// that leaves it, is not finite, or follows one that did not halve the error is replaced by
+// bisection in x, or by a leap while the bracket has an open end. Prior art: Vladymyrov and Carreira-Perpinan, ICML 2013, entropic affinities.
+#pragma once
+
+#include "../kernels.h"
+#include "common.h"
+#include "softmax_entropy.h"
+
+BMTARD_NAMESPACE_BEGIN
+
+// What one look at the raw logits of a row tells; for a batch, the mean over rows.
+template <typename real>
+struct LogitRange {
+  real log_count;  // log of the number of classes that are not masked by -inf
+  real variance;   // of the finite logits under the uniform distribution
+};
+
+// A first temperature for which nothing needs to be evaluated: exact as the target nears
+// log C, where the entropy is log C - variance / (2 temperature^2).
+template <typename real>
+BMTARD_HD real initial_temperature(LogitRange<real> range, real target, real low, real high) {
+  using std::sqrt;
+  const real gap = range.log_count - target;
+  const real guess = sqrt(range.variance / (2 * gap));
+  if (!(gap > real(0))) return high;
+  if (!is_finite(guess) || !(guess > real(0))) return sqrt(low) * sqrt(high);
+  return guess < low ? low : (guess > high ? high : guess);
+}
+
+template <typename real>
+struct TemperatureSearch {
+  // Settings.
+  real target, tolerance, log_count;
+  real low, high;  // bounds
+  int32_t max_iterations;
+  SearchMethod method;
+  // State.
+  real temperature;       // to evaluate next; once done, the result
+  real kept;              // returned where the entropy decides nothing
+  real bracket_low, bracket_high;
+  bool low_known, high_known;  // the bracket's end has been evaluated
+  real previous_error;
+  EntropyDerivatives<real> at;  // at `temperature`, once done
+  int32_t iterations;
+  int32_t status;
+  bool done;
+
+  // `first` is evaluated first; `keep` is the result where the logits decide nothing.
+  BMTARD_HD void start(real first, real keep) {
+    bracket_low = low;
+    bracket_high = high;
+    low_known = high_known = false;
+    previous_error = std::numeric_limits<real>::infinity();
+    iterations = 0;
+    status = kMaxIterations;
+    done = false;
+    kept = clipped(keep);
+    temperature = clipped(first);
+    // Bisection proves its bracket first.
+    if (method == SearchMethod::kBisection || target <= real(0)) temperature = low;
+    // 4 ulp of log C is what rounding leaves of an entropy.
+    const real floor = 4 * std::numeric_limits<real>::epsilon() * log_count;
+    if (!(tolerance >= floor)) tolerance = floor;
+  }
+
+  // NaN becomes the lower bound.
+  BMTARD_HD real clipped(real t) const { return t > high ? high : (t >= low ? t : low); }
+
+  BMTARD_HD void finish(int32_t with) {
+    status = with;
+    done = true;
+  }
+
+  BMTARD_HD real midpoint() const {
+    using std::sqrt;
+    return sqrt(bracket_low) * sqrt(bracket_high);
+  }
+
+  // Takes the entropy at `temperature`; chooses the next temperature, or finishes.
+  BMTARD_HD void update(EntropyDerivatives<real> found) {
+    using std::exp;
+    using std::log;
+    ++iterations;
+    at = found;
+    const real error = found.entropy - target;
+    const real distance = error < real(0) ? -error : error;
+    if (!is_finite(error)) {
+      temperature = kept;
+      return finish(kNonFinite);
+    }
+    if (distance <= tolerance) return finish(kConverged);
+    // Without variance at the highest entropy all logits are equal; without variance at a
+    // low one the temperature is merely far too small.
+    if (!(found.variance > real(0)) && found.entropy >= log_count - tolerance) {
+      temperature = kept;
+      return finish(kDegenerate);
+    }
+    if (error < real(0)) {
+      if (temperature >= high) return finish(kClampedHigh);
+      bracket_low = temperature;
+      low_known = true;
+    } else {
+      if (temperature <= low) return finish(kClampedLow);
+      bracket_high = temperature;
+      high_known = true;
+    }
+    // The bracket is two neighbouring numbers: nothing lies between.
+    if (low_known && high_known &&
+        bracket_high - bracket_low <= 2 * std::numeric_limits<real>::epsilon() * bracket_high) {
+      return finish(kConverged);
+    }
+    if (iterations >= max_iterations) return finish(kMaxIterations);
+
+    if (method == SearchMethod::kBisection) {
+      temperature = high_known ? midpoint() : high;
+      return;
+    }
+    const real room = log_count - found.entropy;
+    const real q = 1 / found.entropy + 1 / room;
+    const real g1 = found.variance * q;
+    const real g2 = -(2 * found.variance + found.third_moment) * q +
+                    found.variance * found.variance *
+                        (1 / (room * room) - 1 / (found.entropy * found.entropy));
+    const real goal = log_count - target;  // <= 0: beyond every temperature
+    real next = high;
+    if (goal > real(0)) {
+      const real f = log(found.entropy / room) - log(target / goal);
+      const real step = -2 * f * g1 / (2 * g1 * g1 - f * g2);
+      const real limit = real(4.1588830833596715);  // log 64
+      const bool usable = step <= limit && step >= -limit && distance <= real(0.5) * previous_error;
+      next = usable ? temperature * exp(step) : std::numeric_limits<real>::quiet_NaN();
+    }
+    previous_error = distance;
+    if (!(next > bracket_low && next < bracket_high)) {
+      const real leap = 16;
+      if (error < real(0) && !high_known) {
+        next = next >= high || temperature * leap >= high ? high : temperature * leap;
+      } else if (error > real(0) && !low_known) {
+        next = next <= low || temperature <= low * leap ? low : temperature / leap;
+      } else {
+        next = midpoint();
+      }
+    }
+    temperature = next;
+  }
+};
+
+BMTARD_NAMESPACE_END
