@@ -3,6 +3,9 @@
 // N rows (samples), C classes, K teachers, D values of one sample. Strides count
 // elements; the classes of a row lie next to each other. acc_t is double for float64
 // data and float for every other type. Callers have checked shapes and ranges.
+//
+// Where log-probabilities are needed again they come as (z - max z) / temperature - log-sum:
+// one combined log-sum-exp would lose what float has left beside a logit of 1e4.
 #pragma once
 
 #include <cstddef>
@@ -48,8 +51,8 @@ struct SoftmaxEntropyArgs {
   const void* temperature;     // acc_t, [N] or [] (stride 0); null: temperature_value
   int64_t temperature_stride;  // 0 or 1
   double temperature_value;
-  void* entropy;      // acc_t [N], nats
-  void* log_sum_exp;  // acc_t [N], of logits / temperature
+  void* entropy;     // acc_t [N], nats
+  void* statistics;  // acc_t [2, N]: max z, log sum exp((z - max z) / temperature); null: not wanted
 };
 
 struct SoftmaxEntropyBackwardArgs {
@@ -60,7 +63,7 @@ struct SoftmaxEntropyBackwardArgs {
   int64_t temperature_stride;
   double temperature_value;
   const void* entropy;       // acc_t [N]
-  const void* log_sum_exp;   // acc_t [N]
+  const void* statistics;    // acc_t [2, N]
   const void* grad_entropy;  // acc_t [N]; stride 0 for a gradient shared by all rows
   int64_t grad_entropy_stride;
   void* grad_logits;       // [N, C] contiguous, dtype of logits; null: not wanted
@@ -99,10 +102,10 @@ struct MultiTeacherKLArgs {
   double temperature_value;
   double student_temperature;
   double eps;  // inside log(p + eps)
-  void* kl;                   // acc_t [K, N], nats
-  void* student_log_sum_exp;  // acc_t [K, N]; null: not wanted
-  void* teacher_log_sum_exp;  // acc_t [K, N]; null: not wanted
-  void* center;               // acc_t [K, N]: sum_j p_j dKL/dp_j; null: not wanted
+  void* kl;  // acc_t [K, N], nats
+  // acc_t [5, K, N]: student max and log-sum, teacher max and log-sum (as in
+  // SoftmaxEntropyArgs), center = sum_j p_j dKL/dp_j; null: not wanted
+  void* statistics;
 };
 
 struct MultiTeacherKLBackwardArgs {
@@ -116,10 +119,8 @@ struct MultiTeacherKLBackwardArgs {
   double temperature_value;
   double student_temperature;
   double eps;
-  const void* student_log_sum_exp;  // acc_t [K, N]
-  const void* teacher_log_sum_exp;  // acc_t [K, N]
-  const void* center;               // acc_t [K, N]; needed for teacher and temperature
-  const void* coefficient;          // acc_t [K, N] through the strides: dL/dKL
+  const void* statistics;   // acc_t [5, K, N]
+  const void* coefficient;  // acc_t [K, N] through the strides: dL/dKL
   int64_t coefficient_teacher_stride, coefficient_row_stride;
   // Gradients are [N, C] contiguous in the dtype of the data; null: not wanted. With a
   // shared student (teacher) only entry 0 is set and holds the sum over k.

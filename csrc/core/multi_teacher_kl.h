@@ -1,13 +1,14 @@
 // KL(p || q), p = softmax(teacher / temperature), q = softmax(student / student_temperature),
 // in logit space: no probability is ever divided by or taken the logarithm of.
 //
-// With log p and log q from the rows' log-sum-exps and a_j = dKL/dp_j:
+// With log p and log q from the rows' maxima and log-sums, and a_j = dKL/dp_j:
 //   KL                = sum_j p_j (log(p_j + eps) - log q_j)
 //   a_j               = log(p_j + eps) + p_j / (p_j + eps) - log q_j
 //   center            = sum_j p_j a_j
 //   dKL/dstudent_j    = (q_j - p_j) / student_temperature
 //   dKL/dteacher_j    = p_j (a_j - center) / temperature
-//   dKL/dtemperature  = -sum_j p_j (a_j - center) log p_j / temperature
+//   dKL/dtemperature  = -sum_j p_j (a_j - center) u_j / temperature, u_j = teacher_j /
+//                       temperature up to a constant of the row, which cancels
 // For eps = 0 the term p / (p + eps) is a constant that cancels, so it is left out and
 // center = KL. A class with p_j = 0 adds nothing, whatever q_j is.
 #pragma once

@@ -87,7 +87,7 @@ BMTARD_HD EntropyDerivatives<real> derivatives_of(EntropyMoments<real> sums) {
   return {log(sums.s0) - mean, variance < real(0) ? real(0) : variance, third};
 }
 
-// d entropy / d logit, from log p = z / temperature - log_sum_exp.
+// d entropy / d logit, from log p = u - log S_0.
 template <typename T>
 BMTARD_HD T entropy_gradient(T log_p, T entropy, T inverse_temperature) {
   using std::exp;
