@@ -1,0 +1,20 @@
+"""bmtard: Balanced Multi-Teacher Adversarial Robustness Distillation on fused kernels."""
+
+from bmtard._library import build_info
+from bmtard.balance import BMTARDLoss, EntropyBalance, NormalizationLossBalance
+from bmtard.ops import bisect_temperature, multi_teacher_kl, pgd_step_, softmax_entropy
+from bmtard.types import BalanceStatus, SearchStatus, TemperatureSearch
+
+__all__ = [
+    "BMTARDLoss",
+    "BalanceStatus",
+    "EntropyBalance",
+    "NormalizationLossBalance",
+    "SearchStatus",
+    "TemperatureSearch",
+    "bisect_temperature",
+    "build_info",
+    "multi_teacher_kl",
+    "pgd_step_",
+    "softmax_entropy",
+]

@@ -1,0 +1,495 @@
+"""The balanced loss and its two halves as modules; all their state is in buffers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bmtard import ops, reference
+from bmtard.types import BalanceState, BalanceStatus, SearchStatus
+
+_MODES = ("bisect", "sign")
+
+
+class _Balance(nn.Module):
+    """Buffers that keep float64 whatever ``module.half()`` or ``.to(dtype)`` does.
+
+    A temperature moves by 1e-3 a step from values up to 10; float32 would bias every step.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(lambda t: _keep_dtype(t, fn(t)), recurse)
+        return self
+
+    def _register(self, name: str, value: Tensor | float) -> None:
+        self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64).clone())
+
+
+def _keep_dtype(old: Tensor, new: Tensor) -> Tensor:
+    if new.dtype == old.dtype or new.device.type == "mps":  # which has no float64
+        return new
+    return old.to(new.device)
+
+
+class EntropyBalance(_Balance):
+    """Entropy-Based Balance: temperatures at which K teachers are equally uncertain.
+
+    ``forward(teacher_logits)`` takes K tensors [..., C] and returns the temperatures [K]
+    (float64) to use with them. In mode "bisect" they are those at which every teacher's mean
+    softmax entropy equals the largest of their entropies at the lower bound: the fixed point of
+    the published rule, reached at once; ``momentum`` moves there gradually in log space. In mode
+    "sign" the returned ones are the current ones, and afterwards each moves by
+    ``temperature_lr`` towards the others' mean entropy, as published. In ``eval()`` nothing moves.
+
+    Args:
+        num_teachers: K, 1 to 16.
+        mode: "bisect" or "sign".
+        bounds: (lowest, highest) temperature; all start at the lowest.
+        temperature_lr: step of mode "sign"; a buffer, so a schedule may change it.
+        momentum: 0 to below 1, mode "bisect" only.
+        eps: inside log(p + eps) of the entropies of mode "sign"; 1e-5 in the published code.
+        process_group: averages entropies over its ranks, so that all hold the same state. In
+            mode "bisect" the ranks' logits are gathered and must have one shape.
+
+    Buffers: ``temperatures`` [K], ``entropies`` [K] in nats at the returned temperatures,
+    ``temperature_lr``, ``step``, ``status`` (a :class:`bmtard.BalanceStatus`).
+
+    Source: B-MTARD, section on entropy-based balance; the published code steps after use.
+    """
+
+    temperatures: Tensor
+    entropies: Tensor
+    temperature_lr: Tensor
+    step: Tensor
+    status: Tensor
+
+    def __init__(
+        self,
+        num_teachers: int = 2,
+        *,
+        mode: str = "bisect",
+        bounds: tuple[float, float] = (1.0, 10.0),
+        temperature_lr: float = 1e-3,
+        momentum: float = 0.0,
+        eps: float = 0.0,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        op = "EntropyBalance"
+        _check_count(op, num_teachers)
+        _check_choice(op, "mode", mode, _MODES)
+        self.bounds = ops._check_bounds(op, bounds)
+        _check_range(op, "temperature_lr", temperature_lr, 0, math.inf)
+        _check_range(op, "momentum", momentum, 0, 1)
+        ops._check_eps(op, eps)
+        self.mode, self.momentum, self.eps = mode, momentum, eps
+        self.process_group = process_group
+        self._register("temperatures", torch.full((num_teachers,), self.bounds[0]))
+        self._register("entropies", torch.zeros(num_teachers))
+        self._register("temperature_lr", temperature_lr)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("status", torch.zeros((), dtype=torch.int32))
+
+    @torch.no_grad()
+    def forward(self, teacher_logits: Sequence[Tensor]) -> Tensor:
+        teachers = _check_teachers("EntropyBalance", teacher_logits, self.temperatures)
+        if not self.training:
+            return self.temperatures.clone()
+        low, high = self.bounds
+        used, out_of_bounds = self.temperatures.clone(), _false(self.temperatures)
+        if self.mode == "bisect":
+            gathered = _all_gather(teachers, self.process_group)
+            used, out_of_bounds = solve_temperatures(gathered, used, self.bounds, self.momentum)
+        entropies = mean_entropies(teachers, used, self.eps if self.mode == "sign" else 0.0)
+        entropies = _all_reduce_mean(entropies, self.process_group)
+        finite = entropies.isfinite().all()
+        used = torch.where(finite, used, self.temperatures)
+        following = used
+        if self.mode == "sign":
+            following = reference.sign_step(entropies, used, self.temperature_lr, low, high)
+        _commit(
+            finite, out_of_bounds, self.step, self.status,
+            [(self.temperatures, following), (self.entropies, entropies)],
+        )  # fmt: skip
+        return used
+
+    def extra_repr(self) -> str:
+        return f"{len(self.temperatures)}, mode={self.mode!r}, bounds={self.bounds}"
+
+
+class NormalizationLossBalance(_Balance):
+    """Normalization Loss Balance: weights that keep K losses falling at one relative speed.
+
+    ``forward(losses)`` takes the losses [K] of this step and returns the weights [K] (float64,
+    sum 1, without gradient) to use with them. The first call fixes the initial losses. With
+    r_k = (L_k / L_k of the first step) ** loss_exponent, each weight moves by ``weight_lr``
+    towards r_k / sum r; all are clamped at 0 and scaled to sum 1. In ``eval()`` nothing moves.
+
+    Args:
+        num_teachers: K, 1 to 16.
+        weight_lr: 0 to 1; a buffer, so a schedule may change it.
+        loss_exponent: > 0; larger favours the slower teacher more strongly.
+        process_group: averages the losses over its ranks, so that all hold the same state.
+
+    Buffers: ``weights`` [K], ``initial_losses`` [K], ``losses`` [K], ``weight_lr``, ``step``,
+    ``status`` (a :class:`bmtard.BalanceStatus`; losses that are not finite change nothing else).
+
+    Source: B-MTARD, section on normalization loss balance, which follows GradNorm's idea.
+    """
+
+    weights: Tensor
+    initial_losses: Tensor
+    losses: Tensor
+    weight_lr: Tensor
+    step: Tensor
+    status: Tensor
+
+    def __init__(
+        self,
+        num_teachers: int = 2,
+        *,
+        weight_lr: float = 0.025,
+        loss_exponent: float = 1.0,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        op = "NormalizationLossBalance"
+        _check_count(op, num_teachers)
+        _check_range(op, "weight_lr", weight_lr, 0, 1, closed=True)
+        _check_exponent(op, loss_exponent)
+        self.loss_exponent = loss_exponent
+        self.process_group = process_group
+        self._register("weights", torch.full((num_teachers,), 1 / num_teachers))
+        self._register("initial_losses", torch.zeros(num_teachers))
+        self._register("losses", torch.zeros(num_teachers))
+        self._register("weight_lr", weight_lr)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("status", torch.zeros((), dtype=torch.int32))
+
+    @torch.no_grad()
+    def forward(self, losses: Tensor) -> Tensor:
+        op = "NormalizationLossBalance"
+        ops._check_floating(op, "losses", losses)
+        if losses.shape != self.weights.shape:
+            raise ValueError(
+                f"{op}: losses must be [{len(self.weights)}], got {list(losses.shape)}"
+            )
+        if losses.device != self.weights.device:
+            raise ValueError(
+                f"{op}: losses must be on the module's device, {self.weights.device}, "
+                f"got {losses.device}"
+            )
+        if not self.training:
+            return self.weights.clone()
+        losses = _all_reduce_mean(losses.detach().to(self.weights.dtype), self.process_group)
+        initial = torch.where(self.step == 0, losses, self.initial_losses)
+        weights = reference.balanced_weights(
+            losses, initial, self.weights, self.weight_lr, self.loss_exponent
+        )
+        finite = losses.isfinite().all()
+        _commit(
+            finite, _false(losses), self.step, self.status,
+            [(self.weights, weights), (self.initial_losses, initial), (self.losses, losses)],
+        )  # fmt: skip
+        return self.weights.clone()
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weights)}, loss_exponent={self.loss_exponent}"
+
+
+class BMTARDLoss(_Balance):
+    """The balanced multi-teacher distillation loss of B-MTARD, state and all in one call.
+
+    ``forward(student_logits, teacher_logits)`` takes two sequences of K tensors [..., C]; entry k
+    of both comes from teacher k's own inputs. For B-MTARD: ``[student(x_adv), student(x)]`` and
+    ``[robust_teacher(x_adv), clean_teacher(x)]``. One step computes each teacher's mean entropy
+    and KL, moves the temperatures (see :class:`EntropyBalance`) and the weights (see
+    :class:`NormalizationLossBalance`), and returns sum_k weight_k L_k, with the weights as
+    constants. A single kernel launch does it all on small batches, gradient included; nothing
+    is read back to the host. A step whose losses are not finite leaves the state as it was.
+    In ``eval()`` nothing is updated.
+
+    Args:
+        num_teachers: K, 1 to 16.
+        balance: "bisect", which finds the temperatures of equal entropy in every step, or
+            "sign", the published rule of fixed steps (use ``eps=1e-5`` with it for the published
+            arithmetic).
+        temperature_bounds: (lowest, highest) temperature; all start at the lowest.
+        temperature_lr: step of the sign rule; a buffer, so a schedule may change it.
+        temperature_momentum: of "bisect", 0 to below 1, in log space.
+        weight_lr: 0 to 1; a buffer.
+        loss_exponent: > 0, of the relative losses.
+        student_temperature: > 0.
+        reduction: of each KL: "mean" over N * C as published, "batchmean" or "sum".
+        eps: inside log(p + eps).
+        process_group: averages losses and entropies over its ranks, so that all hold the same
+            state; with "bisect" the teachers' logits are gathered and must have one shape.
+
+    Buffers, all on the device: ``temperatures``, ``weights``, ``initial_losses``, ``entropies``
+    (nats) and ``losses``, each [K] float64, ``step``, ``status`` (a
+    :class:`bmtard.BalanceStatus`), ``temperature_lr``, ``weight_lr``. ``state_dict()`` resumes
+    exactly. Reading one on the host waits for the device.
+
+    Raises:
+        ValueError, TypeError: a bad setting here, bad logits in ``forward``.
+
+    Source: Zhao, Wang, Wei, TPAMI 2024, doi 10.1109/TPAMI.2024.3416308; two-teacher released code,
+    generalised to K (each teacher is compared with the mean entropy of the others).
+    """
+
+    temperatures: Tensor
+    weights: Tensor
+    initial_losses: Tensor
+    entropies: Tensor
+    losses: Tensor
+    temperature_lr: Tensor
+    weight_lr: Tensor
+    step: Tensor
+    status: Tensor
+
+    def __init__(
+        self,
+        num_teachers: int = 2,
+        *,
+        balance: str = "bisect",
+        temperature_bounds: tuple[float, float] = (1.0, 10.0),
+        temperature_lr: float = 1e-3,
+        temperature_momentum: float = 0.0,
+        weight_lr: float = 0.025,
+        loss_exponent: float = 1.0,
+        student_temperature: float = 1.0,
+        reduction: str = "mean",
+        eps: float = 0.0,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        op = "BMTARDLoss"
+        _check_count(op, num_teachers)
+        _check_choice(op, "balance", balance, _MODES)
+        self.temperature_bounds = ops._check_bounds(op, temperature_bounds, "temperature_bounds")
+        _check_range(op, "temperature_lr", temperature_lr, 0, math.inf)
+        _check_range(op, "temperature_momentum", temperature_momentum, 0, 1)
+        _check_range(op, "weight_lr", weight_lr, 0, 1, closed=True)
+        _check_exponent(op, loss_exponent)
+        ops._check_positive(op, "student_temperature", student_temperature)
+        _check_choice(op, "reduction", reduction, ("mean", "batchmean", "sum"))
+        ops._check_eps(op, eps)
+        self.balance, self.reduction = balance, reduction
+        self.temperature_momentum, self.loss_exponent = temperature_momentum, loss_exponent
+        self.student_temperature, self.eps = student_temperature, eps
+        self.process_group = process_group
+        self._register("temperatures", torch.full((num_teachers,), self.temperature_bounds[0]))
+        self._register("weights", torch.full((num_teachers,), 1 / num_teachers))
+        for name in ("initial_losses", "entropies", "losses"):
+            self._register(name, torch.zeros(num_teachers))
+        self._register("temperature_lr", temperature_lr)
+        self._register("weight_lr", weight_lr)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("status", torch.zeros((), dtype=torch.int32))
+
+    def state(self) -> BalanceState:
+        """The buffers that a step reads and writes, not copies of them."""
+        return BalanceState(*(getattr(self, name) for name in BalanceState._fields))
+
+    def forward(self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor]) -> Tensor:
+        averages = self.process_group is not None and self.training
+        if averages or not ops.use_native(self.weights):
+            return self._stepwise(student_logits, teacher_logits)
+        return ops.bmtard_loss(
+            student_logits,
+            teacher_logits,
+            self.state(),
+            update=self.training,
+            mode=self.balance,
+            bounds=self.temperature_bounds,
+            temperature_momentum=self.temperature_momentum,
+            loss_exponent=self.loss_exponent,
+            student_temperature=self.student_temperature,
+            eps=self.eps,
+            reduction=self.reduction,
+        )
+
+    def _stepwise(
+        self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor]
+    ) -> Tensor:
+        """The same step out of its parts: between them the ranks can average."""
+        teachers = _check_teachers("BMTARDLoss", teacher_logits, self.temperatures)
+        low, high = self.temperature_bounds
+        used, out_of_bounds = self.temperatures.clone(), _false(self.temperatures)
+        if self.training and self.balance == "bisect":
+            gathered = _all_gather(teachers, self.process_group)
+            used, out_of_bounds = solve_temperatures(
+                gathered, used, self.temperature_bounds, self.temperature_momentum
+            )
+        losses = ops.multi_teacher_kl(
+            student_logits,
+            teachers,
+            used,
+            student_temperature=self.student_temperature,
+            reduction=self.reduction,
+            eps=self.eps,
+        )
+        if self.training:
+            with torch.no_grad():
+                entropies = mean_entropies(
+                    teachers, used, self.eps if self.balance == "sign" else 0.0
+                )
+                current = losses.detach().to(self.weights.dtype)
+                entropies, current = _all_reduce_mean(
+                    torch.stack([entropies, current]), self.process_group
+                )
+                initial = torch.where(self.step == 0, current, self.initial_losses)
+                weights = reference.balanced_weights(
+                    current, initial, self.weights, self.weight_lr, self.loss_exponent
+                )
+                if self.balance == "sign":
+                    used = reference.sign_step(entropies, used, self.temperature_lr, low, high)
+                finite = current.isfinite().all() & entropies.isfinite().all()
+                new = (used, weights, initial, entropies, current)
+                _commit(
+                    finite,
+                    out_of_bounds,
+                    self.step,
+                    self.status,
+                    zip(self.state()[: len(new)], new, strict=True),
+                )
+        # A copy: the next step overwrites the buffer, maybe before this one's backward.
+        return (self.weights.to(losses.dtype, copy=True) * losses).sum()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{len(self.weights)}, balance={self.balance!r}, "
+            f"temperature_bounds={self.temperature_bounds}, reduction={self.reduction!r}"
+        )
+
+
+@torch.no_grad()
+def solve_temperatures(
+    teachers: Sequence[Tensor],
+    temperatures: Tensor,
+    bounds: tuple[float, float],
+    momentum: float,
+) -> tuple[Tensor, Tensor]:
+    """Temperatures [K] of equal mean entropy, and whether one stopped short of it."""
+    lowest = [ops.softmax_entropy(t, bounds[0], reduction="mean") for t in teachers]
+    target = torch.stack(lowest).max()
+    found = [
+        ops.bisect_temperature(t, target, bounds=bounds, initial=temperatures[k])
+        for k, t in enumerate(teachers)
+    ]
+    solved = torch.stack([f.temperature for f in found]).to(temperatures.dtype)
+    if momentum:
+        solved = (momentum * temperatures.log() + (1 - momentum) * solved.log()).exp()
+    statuses = torch.stack([f.status for f in found])
+    return solved, (statuses == SearchStatus.CLAMPED_HIGH).any()
+
+
+def mean_entropies(teachers: Sequence[Tensor], temperatures: Tensor, eps: float) -> Tensor:
+    """[K], in nats, in the dtype of ``temperatures``."""
+    if eps:
+        each = [
+            reference.softmax_entropy(t, temperatures[k], eps=eps).mean()
+            for k, t in enumerate(teachers)
+        ]
+    else:
+        each = [
+            ops.softmax_entropy(t, temperatures[k], reduction="mean")
+            for k, t in enumerate(teachers)
+        ]
+    return torch.stack(each).to(temperatures.dtype)
+
+
+def _commit(
+    finite: Tensor,
+    out_of_bounds: Tensor,
+    step: Tensor,
+    status: Tensor,
+    updates: Iterable[tuple[Tensor, Tensor]],
+) -> None:
+    """Writes the new values where everything was finite, and says so."""
+    for buffer, value in updates:
+        buffer.copy_(torch.where(finite, value, buffer))
+    step.add_(finite)
+    updated = torch.where(
+        out_of_bounds, int(BalanceStatus.TARGET_OUT_OF_BOUNDS), int(BalanceStatus.UPDATED)
+    )
+    status.copy_(torch.where(finite, updated, int(BalanceStatus.SKIPPED_NON_FINITE)))
+
+
+def _all_reduce_mean(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if group is None:
+        return values
+    values = values.contiguous()
+    dist.all_reduce(values, group=group)
+    return values / dist.get_world_size(group)
+
+
+def _all_gather(teachers: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Each teacher's logits of all ranks as [ranks * N, C]."""
+    rows = [t.reshape(-1, t.shape[-1]).contiguous() for t in teachers]
+    if group is None:
+        return rows
+    gathered = []
+    for mine in rows:
+        everyone = mine.new_empty(dist.get_world_size(group) * mine.shape[0], mine.shape[1])
+        dist.all_gather_into_tensor(everyone, mine, group=group)
+        gathered.append(everyone)
+    return gathered
+
+
+def _false(like: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.bool, device=like.device)
+
+
+def _check_teachers(op: str, logits: Sequence[Tensor], temperatures: Tensor) -> list[Tensor]:
+    if not isinstance(logits, (list, tuple)) or len(logits) != len(temperatures):
+        came = len(logits) if isinstance(logits, (list, tuple)) else type(logits).__name__
+        raise ValueError(
+            f"{op}: teacher_logits must be a sequence of {len(temperatures)} tensors, one for "
+            f"each teacher, got {came}"
+        )
+    for k, entry in enumerate(logits):
+        ops._check_logits(op, f"teacher_logits[{k}]", entry)
+        if entry.device != temperatures.device:
+            raise ValueError(
+                f"{op}: teacher_logits[{k}] must be on the module's device, "
+                f"{temperatures.device}, got {entry.device}"
+            )
+        if entry.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{op}: teacher_logits[{k}] requires grad, but the balance treats the teachers as "
+                "constants; run them under torch.no_grad() or pass .detach()"
+            )
+    return list(logits)
+
+
+def _check_count(op: str, num_teachers: int) -> None:
+    if not isinstance(num_teachers, int) or not 1 <= num_teachers <= ops.MAX_TEACHERS:
+        raise ValueError(
+            f"{op}: num_teachers must be an integer from 1 to {ops.MAX_TEACHERS}, "
+            f"got {num_teachers!r}"
+        )
+
+
+def _check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {choices}, got {value!r}")
+
+
+def _check_range(
+    op: str, name: str, value: float, low: float, high: float, *, closed: bool = False
+) -> None:
+    inside = ops._is_number(value) and low <= value and (value < high or (closed and value == high))
+    if not inside:
+        end = "]" if closed else ")"
+        raise ValueError(f"{op}: {name} must lie in [{low}, {high}{end}, got {value!r}")
+
+
+def _check_exponent(op: str, value: float) -> None:
+    if not (ops._is_number(value) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{op}: loss_exponent must be finite and > 0, got {value!r}")

@@ -1,0 +1,813 @@
+"""The public ops: contracts, the choice of native or reference path, autograd, fake kernels.
+
+Every argument is checked here, once; the compiled kernels trust what they get. The autograd
+functions stand outside the ops because the stable ABI knows no autograd, and because a Python
+``autograd.Function`` around a stable op costs less than one registered with the dispatcher.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bmtard import _library, reference
+from bmtard.reference import accumulation_dtype
+from bmtard.types import BalanceState, TemperatureSearch
+
+MAX_TEACHERS = 16
+"""The largest K: the kernels take the K pointers by value."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_REDUCTIONS = ("none", "sum", "mean", "batchmean")
+_native = torch.ops.bmtard
+
+
+def softmax_entropy(
+    logits: Tensor, temperature: float | Tensor = 1.0, *, reduction: str = "none"
+) -> Tensor:
+    """Shannon entropy of ``softmax(logits / temperature)`` over the last dimension, in nats.
+
+    Args:
+        logits: [..., C], float64, float32, bfloat16 or float16, any strides. -inf masks a class.
+        temperature: > 0, dimensionless: a float, a 0-d tensor, or a tensor of shape
+            ``logits.shape[:-1]``. The values of a tensor are not read on the host: where one is
+            not > 0, that entropy is NaN.
+        reduction: "none", "mean" or "sum" over the rows.
+
+    Returns:
+        [...] with "none", else 0-d; each entropy in [0, log C] up to rounding. float64 for
+        float64 logits, else float32. Differentiable once, in ``logits`` and ``temperature``.
+
+    Raises:
+        TypeError: another dtype. ValueError: a bad shape, temperature or reduction.
+
+    Source: the entropy of B-MTARD (Zhao et al., TPAMI 2024). The published code averages
+    p log(p + 1e-5) over N * C, so its sign and scale differ.
+    """
+    op = "softmax_entropy"
+    _check_logits(op, "logits", logits)
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{op}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    rows_shape = logits.shape[:-1]
+    if isinstance(temperature, Tensor):
+        _check_companion(op, "temperature", temperature, logits)
+        if temperature.dim() and temperature.shape != rows_shape:
+            raise ValueError(
+                f"{op}: temperature must be a float, 0-d, or of shape {list(rows_shape)} for "
+                f"logits {list(logits.shape)}, got {list(temperature.shape)}"
+            )
+    else:
+        _check_positive(op, "temperature", temperature)
+
+    if not use_native(logits):
+        entropy = reference.softmax_entropy(logits, temperature)
+    else:
+        tensor, value = _split(temperature, accumulation_dtype(logits.dtype))
+        if _wants_grad(logits, tensor):
+            entropy = _SoftmaxEntropy.apply(logits, tensor, value)
+        else:
+            entropy = _native.softmax_entropy(_rows(logits), _flat(tensor), value)[0]
+            entropy = entropy if logits.dim() == 2 else entropy.view(rows_shape)
+    if reduction == "none":
+        return entropy
+    return entropy.mean() if reduction == "mean" else entropy.sum()
+
+
+def bisect_temperature(
+    logits: Tensor,
+    target_entropy: float | Tensor,
+    *,
+    bounds: tuple[float, float] = (1e-2, 1e2),
+    initial: float | Tensor | None = None,
+    per_sample: bool = False,
+    tolerance: float = 1e-6,
+    max_iterations: int = 32,
+    method: str = "halley",
+) -> TemperatureSearch:
+    """Finds the temperature at which the softmax entropy of the rows has a given value.
+
+    The entropy grows with the temperature, so the solution is unique and can be bracketed. The
+    search runs on the device of the logits and never waits for it.
+
+    Args:
+        logits: [..., C], float64, float32, bfloat16 or float16, any strides. -inf masks a class.
+        target_entropy: nats. A float or 0-d tensor; with ``per_sample`` also a tensor of shape
+            ``logits.shape[:-1]``.
+        bounds: (lowest, highest) temperature, 0 < lowest < highest.
+        initial: where to start, shaped as ``target_entropy``; the temperature of the previous
+            batch saves evaluations. Default: estimated from the variance of the logits.
+        per_sample: one temperature for each row, instead of one for their mean entropy.
+        tolerance: nats; 4 ulp of log C where that is more.
+        max_iterations: entropy evaluations at most.
+        method: "halley", a bracketed Halley iteration (3 to 4 evaluations are typical), or
+            "bisection" (about 25).
+
+    Returns:
+        TemperatureSearch(temperature, entropy, status, iterations): device tensors, 0-d or, with
+        ``per_sample``, of shape ``logits.shape[:-1]``. float64 for float64 logits, else float32.
+        ``status`` holds a :class:`bmtard.SearchStatus`. ``temperature`` is differentiable once in
+        ``logits`` and ``target_entropy`` (by the implicit function theorem; 0 where the search
+        did not converge); ``entropy`` is not differentiable.
+
+    Raises:
+        TypeError: another dtype. ValueError: a bad shape or an impossible setting.
+
+    Source: the fixed point of B-MTARD's temperature rule. The reference path always bisects.
+    """
+    op = "bisect_temperature"
+    _check_logits(op, "logits", logits)
+    rows_shape = logits.shape[:-1] if per_sample else torch.Size(())
+    low, high = _check_bounds(op, bounds)
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise ValueError(f"{op}: tolerance must be finite and >= 0, got {tolerance}")
+    if isinstance(max_iterations, bool) or int(max_iterations) != max_iterations:
+        raise ValueError(f"{op}: max_iterations must be an integer, got {max_iterations!r}")
+    if max_iterations < 1:
+        raise ValueError(f"{op}: max_iterations must be >= 1, got {max_iterations}")
+    if method not in ("halley", "bisection"):
+        raise ValueError(f"{op}: method must be 'halley' or 'bisection', got {method!r}")
+    dtype = accumulation_dtype(logits.dtype)
+    target = _per_row(op, "target_entropy", target_entropy, logits, rows_shape, dtype)
+    start = None
+    if initial is not None:
+        if not isinstance(initial, Tensor):
+            _check_positive(op, "initial", initial)
+        start = _per_row(op, "initial", initial, logits, rows_shape, dtype).detach()
+
+    if not use_native(logits):
+        expand = (lambda t: t.expand(rows_shape).flatten()) if per_sample else (lambda t: t)
+        found = reference.bisect_temperature(
+            _rows(logits),
+            expand(target),
+            low=low,
+            high=high,
+            initial=None if start is None else expand(start),
+            per_sample=per_sample,
+            tolerance=float(tolerance),
+            max_iterations=int(max_iterations),
+        )
+        return TemperatureSearch(*(field.view(rows_shape) for field in found))
+    arguments = (
+        low, high, bool(per_sample), float(tolerance), int(max_iterations), method == "bisection",
+    )  # fmt: skip
+    if _wants_grad(logits, target):
+        return TemperatureSearch(*_BisectTemperature.apply(logits, target, start, *arguments))
+    found = _native.bisect_temperature(_rows(logits), _flat(target), _flat(start), *arguments)
+    if per_sample and logits.dim() != 2:
+        found = [field.view(rows_shape) for field in found]
+    temperature, entropy, _, status, iterations = found
+    return TemperatureSearch(temperature, entropy, status, iterations)
+
+
+def multi_teacher_kl(
+    student_logits: Tensor | Sequence[Tensor],
+    teacher_logits: Tensor | Sequence[Tensor],
+    temperature: float | Tensor = 1.0,
+    *,
+    student_temperature: float = 1.0,
+    weight: Tensor | Sequence[float] | None = None,
+    sample_weight: Tensor | None = None,
+    reduction: str = "batchmean",
+    scale_by_temperature: bool = False,
+    eps: float = 0.0,
+) -> Tensor:
+    """KL of K teachers to a student, L_k = KL(p_k || q_k), computed from the logits.
+
+    p_k = softmax(teacher_logits[k] / temperature_k) and
+    q_k = softmax(student_logits[k] / student_temperature). Equivalent, for one teacher, to
+    ``F.kl_div(log_softmax(student / student_temperature), softmax(teacher / temperature))``, but
+    never NaN for a target probability of 0, and finite for any finite logits.
+
+    Args:
+        student_logits: [..., C], or a sequence of K: entry k is compared with teacher k.
+        teacher_logits: [..., C], or a sequence of K. A single tensor serves all of the other.
+        temperature: of the teachers, > 0: a float, a 0-d tensor or [K]. The values of a tensor
+            are not read on the host.
+        student_temperature: > 0.
+        weight: [K]; the result is then sum_k weight_k L_k.
+        sample_weight: one factor for each row: of the rows' shape, or [K, *rows].
+        reduction: "none" keeps the rows; "sum" adds them; "batchmean" divides the sum by the
+            number of rows N; "mean" divides it by N * C, as the published B-MTARD, ARD and RSLAD
+            code does.
+        scale_by_temperature: multiplies L_k by temperature_k ** 2.
+        eps: inside log(p + eps); the published B-MTARD code has 1e-5.
+
+    Returns:
+        [K] ([K, *rows] with "none"), or with ``weight`` a 0-d tensor ([*rows] with "none"), in
+        nats; float64 for float64 logits, else float32. Differentiable once, in whichever of
+        student, teacher, temperature, weight and sample_weight require it. Logits of different
+        dtypes are promoted to a common one; each gradient has the dtype of its tensor.
+
+    Raises:
+        TypeError: another dtype. ValueError: shapes, devices or numbers that do not fit.
+    """
+    op = "multi_teacher_kl"
+    students, teachers = _pair(op, student_logits, teacher_logits)
+    count, first = max(len(students), len(teachers)), students[0]
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {_REDUCTIONS}, got {reduction!r}")
+    if isinstance(temperature, Tensor):
+        _check_companion(op, "temperature", temperature, first)
+        if temperature.shape not in (torch.Size(()), torch.Size((count,))):
+            raise ValueError(
+                f"{op}: temperature must be a float, 0-d or [{count}] for {count} teachers, "
+                f"got {list(temperature.shape)}"
+            )
+    else:
+        _check_positive(op, "temperature", temperature)
+    _check_positive(op, "student_temperature", student_temperature)
+    _check_eps(op, eps)
+    rows_shape = first.shape[:-1]
+    if weight is not None:
+        if not isinstance(weight, Tensor):
+            weight = torch.tensor(
+                weight, dtype=accumulation_dtype(first.dtype), device=first.device
+            )
+        _check_companion(op, "weight", weight, first)
+        if weight.shape != (count,):
+            raise ValueError(
+                f"{op}: weight must be [{count}] for {count} teachers, got {list(weight.shape)}"
+            )
+    if sample_weight is not None:
+        if not isinstance(sample_weight, Tensor):
+            raise TypeError(
+                f"{op}: sample_weight must be a tensor, got {type(sample_weight).__name__}"
+            )
+        _check_companion(op, "sample_weight", sample_weight, first)
+        if sample_weight.shape not in (rows_shape, (count, *rows_shape)):
+            raise ValueError(
+                f"{op}: sample_weight must be {list(rows_shape)} or {[count, *rows_shape]}, "
+                f"got {list(sample_weight.shape)}"
+            )
+
+    dtype = accumulation_dtype(first.dtype)
+    if not use_native(first):
+        kl = reference.multi_teacher_kl(
+            students if len(students) == count else students * count,
+            teachers if len(teachers) == count else teachers * count,
+            temperature,
+            student_temperature=student_temperature,
+            eps=eps,
+        )
+    else:
+        tensor, value = _split(temperature, torch.float64)
+        if _wants_grad(tensor, *students, *teachers):
+            kl = _MultiTeacherKL.apply(
+                tensor, value, student_temperature, eps, len(students), *students, *teachers
+            )
+        else:
+            kl = _native.multi_teacher_kl(
+                [_rows(s) for s in students], [_rows(t) for t in teachers],
+                tensor, value, student_temperature, eps, False,
+            )[0]  # fmt: skip
+            kl = kl if first.dim() == 2 else kl.view(count, *rows_shape)
+
+    if sample_weight is not None:
+        kl = kl * sample_weight.to(dtype)
+    if reduction != "none":
+        classes, rows = first.shape[-1], first[..., 0].numel()
+        kl = kl.flatten(1).sum(1)
+        if reduction != "sum":
+            # No rows: 0 / 0 = NaN, the mean of nothing.
+            kl = kl / (rows * classes if reduction == "mean" else rows)
+    if scale_by_temperature:
+        squared = temperature * temperature
+        if isinstance(squared, Tensor):
+            squared = squared.to(dtype)
+            if squared.dim():
+                squared = squared.view(count, *(1,) * (kl.dim() - 1))
+        kl = kl * squared
+    if weight is not None:
+        kl = torch.tensordot(weight.to(dtype), kl, 1)
+    return kl
+
+
+def pgd_step_(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    *,
+    step_size: float,
+    epsilon: float,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    norm: str = "linf",
+) -> Tensor:
+    """One step of projected gradient ascent, in place and in one pass over memory.
+
+    "linf": x_adv + step_size * sign(grad), clipped to [x - epsilon, x + epsilon], then to bounds.
+    "l2": x_adv + step_size * grad / ||grad||, its distance from x scaled down to at most epsilon,
+    then clipped to bounds; norms are per sample. A gradient of norm 0, NaN or infinity moves
+    nothing. Equivalent, for "linf", to
+    ``min(max(x_adv + step_size * grad.sign(), x - epsilon), x + epsilon).clamp(*bounds)``.
+
+    Args:
+        x_adv: [N, ...], overwritten; any dense or strided layout.
+        grad: the gradient of the attacked loss by ``x_adv``, same shape.
+        x: the clean images, same shape.
+        step_size, epsilon: in pixel units (8/255 where an image lies in [0, 1]), >= 0.
+        bounds: (lowest, highest) pixel value, or None.
+        norm: "linf" or "l2".
+
+    Returns:
+        ``x_adv``. Not differentiable: x_adv must not require grad while grad mode is on.
+
+    Raises:
+        TypeError: not a floating-point tensor. ValueError: shapes, devices or numbers that do
+        not fit.
+
+    Source: Madry et al., ICLR 2018. Arithmetic is float32 for half types, rounded once at the end.
+    """
+    op = "pgd_step_"
+    for name, tensor in (("x_adv", x_adv), ("grad", grad), ("x", x)):
+        _check_floating(op, name, tensor)
+        if tensor.shape != x_adv.shape or tensor.dim() == 0:
+            raise ValueError(
+                f"{op}: {name} must have the shape of x_adv, [N, ...], here "
+                f"{list(x_adv.shape)}, got {list(tensor.shape)}"
+            )
+        if tensor.device != x_adv.device:
+            raise ValueError(
+                f"{op}: {name} must be on the device of x_adv, {x_adv.device}, got {tensor.device}"
+            )
+    if x_adv.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: x_adv requires grad, so it cannot be overwritten here; "
+            "call it under torch.no_grad() or pass x_adv.detach()"
+        )
+    for name, value in (("step_size", step_size), ("epsilon", epsilon)):
+        if not (_is_number(value) and math.isfinite(value) and value >= 0):
+            raise ValueError(f"{op}: {name} must be finite and >= 0, got {value}")
+    low, high = (-math.inf, math.inf) if bounds is None else bounds
+    if not low <= high:
+        raise ValueError(f"{op}: bounds must be (lowest, highest), got {bounds}")
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"{op}: norm must be 'linf' or 'l2', got {norm!r}")
+
+    grad, x = grad.detach(), x.detach()
+    if not use_native(x_adv):
+        return reference.pgd_step_(
+            x_adv, grad, x,
+            step_size=step_size, epsilon=epsilon, low=low, high=high, norm=norm,
+        )  # fmt: skip
+    _native.pgd_step_(
+        x_adv, grad.to(x_adv.dtype), x.to(x_adv.dtype),
+        step_size, epsilon, low, high, norm == "l2",
+    )  # fmt: skip
+    return x_adv
+
+
+def bmtard_loss(
+    student_logits: Sequence[Tensor],
+    teacher_logits: Sequence[Tensor],
+    state: BalanceState,
+    *,
+    update: bool,
+    mode: str,
+    bounds: tuple[float, float],
+    temperature_momentum: float,
+    loss_exponent: float,
+    student_temperature: float,
+    eps: float,
+    reduction: str,
+    tolerance: float = 1e-6,
+    max_iterations: int = 32,
+) -> Tensor:
+    """One step of the balanced loss in one native op, on the buffers of :class:`BMTARDLoss`.
+
+    Both sequences hold K tensors [..., C]. Updates ``state`` in place where ``update``. Returns
+    the 0-d loss, differentiable once in the student logits.
+    """
+    op = "BMTARDLoss"
+    students, teachers = _pair(op, student_logits, teacher_logits)
+    count, first = len(state.weights), students[0]
+    for name, logits in (("student_logits", students), ("teacher_logits", teachers)):
+        if len(logits) != count:
+            raise ValueError(
+                f"{op}: {name} must be a sequence of {count} tensors, one for each teacher, "
+                f"got {len(logits)}"
+            )
+    for k, logits in enumerate(teachers):
+        if logits.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{op}: teacher_logits[{k}] requires grad, but the balance treats the teachers as "
+                "constants; run them under torch.no_grad() or pass .detach()"
+            )
+    if state.weights.device != first.device:
+        raise ValueError(
+            f"{op}: the module's state must be on the device of student_logits, {first.device}, "
+            f"got {state.weights.device}; move the module with .to()"
+        )
+    classes, rows = first.shape[-1], first[..., 0].numel()
+    divisor = {"mean": rows * classes, "batchmean": rows, "sum": 1}[reduction]
+    scale = 1.0 / divisor if divisor else math.nan  # the mean of nothing
+
+    low, high = bounds
+    students, teachers = [_rows(s) for s in students], [_rows(t) for t in teachers]
+    wants_grad = torch.is_grad_enabled() and any(s.requires_grad for s in students)
+    # The op changes the state, so it stands outside of autograd; the gradients that it has
+    # already computed are attached afterwards.
+    loss, grads = _native.bmtard_loss(
+        [s.detach() for s in students], teachers, *state,
+        update, mode == "sign", low, high, temperature_momentum, loss_exponent,
+        student_temperature, eps, scale, tolerance, max_iterations, wants_grad,
+    )  # fmt: skip
+    return _AttachGradients.apply(loss, grads, *students) if wants_grad else loss
+
+
+# --- Autograd -------------------------------------------------------------------------------
+
+
+def _refuse_double_backward(op: str, grads: Sequence[Tensor | None], *inputs: Tensor | None) -> Any:
+    """``grads``, which raise when they are differentiated again."""
+    if not torch.is_grad_enabled():
+        return tuple(grads)
+    return _NoDoubleBackward.apply(op, len(grads), *grads, *inputs)
+
+
+class _NoDoubleBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: str, count: int, *tensors: Tensor | None) -> Any:
+        ctx.op = op
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise NotImplementedError(f"bmtard.{ctx.op} has no double backward")
+
+
+class _SoftmaxEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, temperature: Tensor | None, value: float) -> Tensor:
+        entropy, statistics = _native.softmax_entropy(_rows(logits), _flat(temperature), value)
+        ctx.value = value
+        ctx.save_for_backward(logits, temperature, entropy, statistics)
+        return entropy if logits.dim() == 2 else entropy.view(logits.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        logits, temperature, entropy, statistics = ctx.saved_tensors
+        wants_logits, wants_temperature, _ = ctx.needs_input_grad
+        with torch.no_grad():
+            grad_logits, grad_temperature = _native.softmax_entropy_backward(
+                _flat(grad), _rows(logits), _flat(temperature), ctx.value, entropy, statistics,
+                wants_logits, wants_temperature,
+            )  # fmt: skip
+            grad_logits = grad_logits.view(logits.shape) if wants_logits else None
+            if not wants_temperature:
+                grad_temperature = None
+            elif temperature.dim() == 0:
+                grad_temperature = grad_temperature.sum()
+            else:
+                grad_temperature = grad_temperature.view(temperature.shape)
+        grads = (grad_logits, grad_temperature, None)
+        return _refuse_double_backward("softmax_entropy", grads, grad, logits, temperature)
+
+
+class _BisectTemperature(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, initial: Tensor | None, *arguments: Any
+    ) -> Any:
+        temperature, entropy, slope, status, iterations = _native.bisect_temperature(
+            _rows(logits), _flat(target), _flat(initial), *arguments
+        )
+        ctx.per_sample = arguments[2]
+        ctx.save_for_backward(logits, target, temperature, slope, status)
+        outputs = (temperature, entropy, status, iterations)
+        if ctx.per_sample and logits.dim() != 2:
+            outputs = tuple(field.view(logits.shape[:-1]) for field in outputs)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        logits, target, temperature, slope, status = ctx.saved_tensors
+        with torch.no_grad():
+            # Implicit function theorem: d temperature / d target = temperature / slope,
+            # d temperature / d logits = -(d entropy / d logits) temperature / slope.
+            by_target = _flat(grad) * temperature / slope
+            by_target = torch.where((status == 0) & (slope > 0), by_target, 0.0)
+            grad_logits = grad_target = None
+            if ctx.needs_input_grad[0]:
+                rows = _rows(logits)
+                by_row = -by_target if ctx.per_sample else -by_target / rows.shape[0]
+                grad_logits = _native.softmax_entropy_backward(
+                    by_row.expand(rows.shape[0]), rows, temperature, 0.0,
+                    *_native.softmax_entropy(rows, temperature, 0.0), True, False,
+                )[0].view(logits.shape)  # fmt: skip
+            if ctx.needs_input_grad[1]:
+                grad_target = by_target.sum() if target.dim() == 0 else by_target
+                grad_target = grad_target.view(target.shape)
+        grads = (grad_logits, grad_target, *(None,) * 7)
+        return _refuse_double_backward("bisect_temperature", grads, grad, logits, target)
+
+
+class _MultiTeacherKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        temperature: Tensor | None,
+        value: float,
+        student_temperature: float,
+        eps: float,
+        num_students: int,
+        *logits: Tensor,
+    ) -> Tensor:
+        rows = [_rows(x) for x in logits]
+        kl, statistics = _native.multi_teacher_kl(
+            rows[:num_students], rows[num_students:],
+            temperature, value, student_temperature, eps, True,
+        )  # fmt: skip
+        ctx.options = (value, student_temperature, eps)
+        ctx.num_students = num_students
+        ctx.save_for_backward(temperature, statistics, *logits)
+        return kl if logits[0].dim() == 2 else kl.view(kl.shape[0], *logits[0].shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        temperature, statistics, *logits = ctx.saved_tensors
+        wants_temperature, wants = ctx.needs_input_grad[0], list(ctx.needs_input_grad[5:])
+        n = ctx.num_students
+        with torch.no_grad():
+            rows = [_rows(x) for x in logits]
+            grad_students, grad_teachers, grad_temperature = _native.multi_teacher_kl_backward(
+                grad.flatten(1), rows[:n], rows[n:], temperature, *ctx.options, statistics,
+                wants[:n], wants[n:], wants_temperature,
+            )  # fmt: skip
+            computed = iter([*grad_students.unbind(), *grad_teachers.unbind()])
+            grad_logits = [
+                next(computed).view(x.shape) if wanted else None
+                for x, wanted in zip(logits, wants, strict=True)
+            ]
+            if not wants_temperature:
+                grad_temperature = None
+            else:
+                grad_temperature = grad_temperature.sum(1).to(temperature.dtype)
+                if temperature.dim() == 0:
+                    grad_temperature = grad_temperature.sum()
+        grads = (grad_temperature, None, None, None, None, *grad_logits)
+        return _refuse_double_backward("multi_teacher_kl", grads, grad, *logits)
+
+
+class _AttachGradients(torch.autograd.Function):
+    """Gives a loss the gradients that were computed with it."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, grads: Tensor, *students: Tensor) -> Tensor:
+        ctx.save_for_backward(grads)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (grads,) = ctx.saved_tensors
+        with torch.no_grad():
+            # On the host the usual gradient of 1 costs a look instead of a pass over memory.
+            if grad.device.type != "cpu" or torch.compiler.is_compiling() or grad.item() != 1.0:
+                grads = grads * grad.to(grads.dtype)
+            per_student = [
+                g if wanted else None
+                for g, wanted in zip(grads.unbind(), ctx.needs_input_grad[2:], strict=True)
+            ]
+        return _refuse_double_backward("BMTARDLoss", (None, None, *per_student), grad)
+
+
+# --- Fake kernels ---------------------------------------------------------------------------
+
+
+def _register_fakes() -> None:
+    """What torch.compile and meta tensors see; the same contract as the native binding."""
+    fake = torch.library.register_fake
+
+    def rows_of(logits: Tensor) -> int:
+        torch._check(logits.dim() == 2, lambda: f"expected [N, C], got {logits.dim()}-d")
+        return logits.shape[0]
+
+    @fake("bmtard::softmax_entropy")
+    def _(logits: Tensor, temperature: Tensor | None, value: float) -> Any:
+        n, acc = rows_of(logits), accumulation_dtype(logits.dtype)
+        return logits.new_empty(n, dtype=acc), logits.new_empty((2, n), dtype=acc)
+
+    @fake("bmtard::softmax_entropy_backward")
+    def _(grad, logits, temperature, value, entropy, statistics, wants_logits, wants_temperature):
+        n = rows_of(logits)
+        return (
+            logits.new_empty((n, logits.shape[1]) if wants_logits else (0,)),
+            entropy.new_empty((n,) if wants_temperature else (0,)),
+        )
+
+    @fake("bmtard::bisect_temperature")
+    def _(logits, target, initial, low, high, per_sample, tolerance, max_iterations, bisection):
+        n, acc = rows_of(logits), accumulation_dtype(logits.dtype)
+        shape = (n,) if per_sample else ()
+        reals = [logits.new_empty(shape, dtype=acc) for _ in range(3)]
+        return (*reals, *(logits.new_empty(shape, dtype=torch.int32) for _ in range(2)))
+
+    @fake("bmtard::multi_teacher_kl")
+    def _(students, teachers, temperature, value, student_temperature, eps, with_statistics):
+        n, acc = rows_of(students[0]), accumulation_dtype(students[0].dtype)
+        k = max(len(students), len(teachers))
+        kl = students[0].new_empty((k, n), dtype=acc)
+        return kl, kl.new_empty((5, k, n) if with_statistics else (0,))
+
+    @fake("bmtard::multi_teacher_kl_backward")
+    def _(grad, students, teachers, temperature, value, student_temperature, eps, statistics,
+          wants_students, wants_teachers, wants_temperature):  # fmt: skip
+        n, c = rows_of(students[0]), students[0].shape[1]
+        k = max(len(students), len(teachers))
+        return (
+            students[0].new_empty((sum(wants_students), n, c)),
+            teachers[0].new_empty((sum(wants_teachers), n, c)),
+            grad.new_empty((k, n) if wants_temperature else (0, n)),
+        )
+
+    @fake("bmtard::bmtard_loss")
+    def _(students, teachers, *rest):
+        n, c = rows_of(students[0]), students[0].shape[1]
+        wants_grad = rest[-1]
+        acc = accumulation_dtype(students[0].dtype)
+        return (
+            students[0].new_empty((), dtype=acc),
+            students[0].new_empty((len(students) if wants_grad else 0, n, c)),
+        )
+
+    @fake("bmtard::pgd_step_")
+    def _(x_adv, grad, x, step_size, epsilon, low, high, l2):
+        torch._check(x_adv.shape == grad.shape == x.shape, lambda: "expected equal shapes")
+
+
+if _library.NATIVE:
+    _register_fakes()
+
+
+# --- Contracts ------------------------------------------------------------------------------
+
+
+def use_native(tensor: Tensor) -> bool:
+    """Whether compiled kernels serve the tensor's device; where none do, warns once."""
+    if not _library.NATIVE:
+        return False
+    kind = tensor.device.type
+    if kind == "cpu" or (kind == "cuda" and _library.has_cuda()):
+        return True
+    _warn_no_kernels(kind)
+    return False
+
+
+_warned: set[str] = set()
+
+
+@torch.compiler.disable
+def _warn_no_kernels(kind: str) -> None:
+    if kind not in _warned:
+        _warned.add(kind)
+        warnings.warn(
+            f"bmtard has no compiled kernels for device '{kind}' here; "
+            "using the slower plain-torch path",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_positive(op: str, name: str, value: float) -> None:
+    if not _is_number(value):
+        raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{op}: {name} must be finite and > 0, got {value}")
+
+
+def _check_eps(op: str, eps: float) -> None:
+    if not (_is_number(eps) and math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"{op}: eps must be finite and >= 0, got {eps}")
+
+
+def _check_bounds(op: str, bounds: tuple[float, float], name: str = "bounds") -> tuple:
+    try:
+        low, high = (float(b) for b in bounds)
+    except (TypeError, ValueError):
+        raise ValueError(f"{op}: {name} must be two numbers, got {bounds!r}") from None
+    if not (0 < low < high and math.isfinite(high)):
+        raise ValueError(f"{op}: {name} must satisfy 0 < lowest < highest, got {bounds}")
+    return low, high
+
+
+def _check_floating(op: str, name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
+
+
+def _check_logits(op: str, name: str, logits: Tensor) -> None:
+    _check_floating(op, name, logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{op}: {name} must be [..., C] with C >= 1, got {list(logits.shape)}")
+
+
+def _check_companion(op: str, name: str, tensor: Tensor, logits: Tensor) -> None:
+    """A floating-point tensor beside the logits, on their device."""
+    _check_floating(op, name, tensor)
+    if tensor.device != logits.device:
+        raise ValueError(
+            f"{op}: {name} must be on the device of the logits, {logits.device}, "
+            f"got {tensor.device}"
+        )
+
+
+def _pair(
+    op: str, student_logits: Tensor | Sequence[Tensor], teacher_logits: Tensor | Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Both sides as lists of 1 or K tensors of one shape, device and dtype."""
+    sides = []
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        side = [logits] if isinstance(logits, Tensor) else logits
+        if not isinstance(side, (list, tuple)):
+            raise TypeError(
+                f"{op}: {name} must be a tensor or a sequence of tensors, "
+                f"got {type(logits).__name__}"
+            )
+        if not 1 <= len(side) <= MAX_TEACHERS:
+            raise ValueError(f"{op}: {name} must hold 1 to {MAX_TEACHERS} tensors, got {len(side)}")
+        for k, entry in enumerate(side):
+            _check_logits(op, name if side[0] is logits else f"{name}[{k}]", entry)
+        sides.append(list(side))
+    students, teachers = sides
+    if len(students) != len(teachers) and 1 not in (len(students), len(teachers)):
+        raise ValueError(
+            f"{op}: student_logits and teacher_logits must hold equally many tensors, or one of "
+            f"them a single one, got {len(students)} and {len(teachers)}"
+        )
+    first = students[0]
+    same_dtype = True
+    for name, side in (("student_logits", students), ("teacher_logits", teachers)):
+        for k, entry in enumerate(side):
+            if entry.shape != first.shape:
+                raise ValueError(
+                    f"{op}: {name}[{k}] must have the shape of student_logits, "
+                    f"{list(first.shape)}, got {list(entry.shape)}"
+                )
+            if entry.device != first.device:
+                raise ValueError(
+                    f"{op}: {name}[{k}] must be on the device of student_logits, {first.device}, "
+                    f"got {entry.device}"
+                )
+            same_dtype &= entry.dtype == first.dtype
+    if not same_dtype:
+        dtype = first.dtype
+        for entry in students + teachers:
+            dtype = torch.promote_types(dtype, entry.dtype)
+        students, teachers = [s.to(dtype) for s in students], [t.to(dtype) for t in teachers]
+    return students, teachers
+
+
+def _per_row(
+    op: str,
+    name: str,
+    value: float | Tensor,
+    logits: Tensor,
+    rows_shape: torch.Size,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``value`` as a tensor of the rows' shape, or 0-d."""
+    if not isinstance(value, Tensor):
+        if not _is_number(value):
+            raise TypeError(
+                f"{op}: {name} must be a number or a tensor, got {type(value).__name__}"
+            )
+        return torch.full((), float(value), dtype=dtype, device=logits.device)
+    _check_companion(op, name, value, logits)
+    if value.dim() and value.shape != rows_shape:
+        wanted = f"a float, 0-d or {list(rows_shape)}" if rows_shape else "a float or 0-d"
+        raise ValueError(f"{op}: {name} must be {wanted}, got {list(value.shape)}")
+    return value.to(dtype)
+
+
+def _split(temperature: float | Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float]:
+    if isinstance(temperature, Tensor):
+        return temperature.to(dtype), 0.0
+    return None, float(temperature)
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """[..., C] -> [N, C]."""
+    return logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.dim() < 2 else tensor.flatten()

@@ -1,0 +1,217 @@
+"""Every op again in plain torch: slow, exact, and independent of the compiled kernels.
+
+The oracle of the tests, and what runs where the compiled library cannot. Arguments have been
+checked by ``bmtard.ops``; gradients are those of torch's autograd. The temperature search is a
+plain bisection, so that it also checks the kernels' faster iteration.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bmtard.types import SearchStatus, TemperatureSearch
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which an op computes: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """log softmax(logits / temperature) over the last dimension; -inf logits are masked classes.
+
+    A tensor as temperature has the leading dimensions of ``logits``, or none.
+    """
+    logits = logits.to(accumulation_dtype(logits.dtype))
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(logits.dtype).unsqueeze(-1)
+    masked = logits == -math.inf
+    # -inf / temperature would have the gradient NaN by the temperature.
+    scaled = (logits.masked_fill(masked, 0) / temperature).masked_fill(masked, -math.inf)
+    return torch.log_softmax(scaled, -1)
+
+
+def softmax_entropy(logits: Tensor, temperature: float | Tensor = 1.0, *, eps: float = 0.0):
+    """[..., C] -> [...], in nats: -sum p log(p + eps)."""
+    log_p = log_softmax(logits, temperature)
+    p = log_p.exp()
+    if eps:
+        return -(p * (p + eps).log()).sum(-1)
+    return -(p * log_p.masked_fill(log_p == -math.inf, 0)).sum(-1)
+
+
+def bisect_temperature(
+    logits: Tensor,
+    target_entropy: Tensor,
+    *,
+    low: float,
+    high: float,
+    initial: Tensor | None,
+    per_sample: bool,
+    tolerance: float,
+    max_iterations: int,
+) -> TemperatureSearch:
+    """logits [N, C]; target and initial 0-d, or [N] with ``per_sample``. See ``bmtard.ops``."""
+
+    def entropy_at(temperature: Tensor) -> Tensor:
+        if per_sample:
+            return softmax_entropy(logits, temperature)
+        return softmax_entropy(logits, temperature.expand(logits.shape[0])).mean()
+
+    with torch.no_grad():
+        dtype = accumulation_dtype(logits.dtype)
+        target = target_entropy.detach().to(dtype)
+        keep = torch.ones_like(target) if initial is None else initial.to(dtype)
+        keep = torch.where(keep.isnan(), low, keep.clamp(low, high))
+        log_count = (logits != -math.inf).sum(-1).to(dtype).log()
+        log_count = log_count if per_sample else log_count.mean()
+        tolerated = (4 * torch.finfo(dtype).eps * log_count).clamp(min=tolerance)
+
+        bottom, top = torch.full_like(keep, low), torch.full_like(keep, high)
+        temperature = bottom.clone()
+        status = torch.full_like(keep, SearchStatus.MAX_ITERATIONS, dtype=torch.int32)
+        iterations = torch.zeros_like(status)
+        entropy = torch.full_like(keep, math.nan)
+        # The first two evaluations are at the bounds; then geometric bisection.
+        for i in range(max_iterations):
+            active = status == SearchStatus.MAX_ITERATIONS
+            candidate = bottom if i == 0 else top if i == 1 else (bottom * top).sqrt()
+            temperature = torch.where(active, candidate, temperature)
+            entropy = torch.where(active, entropy_at(temperature), entropy)
+            iterations += active
+            error = entropy - target
+            variance = _entropy_slope(logits, temperature, per_sample)
+            ends = [
+                (~error.isfinite(), SearchStatus.NON_FINITE),
+                (error.abs() <= tolerated, SearchStatus.CONVERGED),
+                (
+                    (variance <= 0) & (entropy >= log_count - tolerated),
+                    SearchStatus.DEGENERATE,
+                ),
+            ]
+            if i == 0:
+                ends.append((error > 0, SearchStatus.CLAMPED_LOW))
+            elif i == 1:
+                ends.append((error < 0, SearchStatus.CLAMPED_HIGH))
+            else:
+                width = torch.finfo(dtype).eps * 2
+                ends.append((top - bottom <= width * top, SearchStatus.CONVERGED))
+                bottom = torch.where(error < 0, temperature, bottom)
+                top = torch.where(error < 0, top, temperature)
+            for condition, code in ends:
+                open_ = status == SearchStatus.MAX_ITERATIONS
+                status = torch.where(active & open_ & condition, int(code), status)
+        unchanged = (status == SearchStatus.DEGENERATE) | (status == SearchStatus.NON_FINITE)
+        temperature = torch.where(unchanged, keep, temperature)
+        slope = _entropy_slope(logits, temperature, per_sample) / temperature
+
+    if torch.is_grad_enabled() and (logits.requires_grad or target_entropy.requires_grad):
+        # One Newton step from the solution: its value is 0, its gradient the implicit one.
+        moving = (entropy_at(temperature) - entropy_at(temperature).detach()) - (
+            target_entropy.to(dtype) - target
+        )
+        converged = (status == SearchStatus.CONVERGED) & (slope > 0)
+        temperature = temperature - torch.where(
+            converged, moving / slope.where(converged, torch.ones_like(slope)), 0.0
+        )
+    return TemperatureSearch(temperature, entropy, status.to(torch.int32), iterations)
+
+
+def _entropy_slope(logits: Tensor, temperature: Tensor, per_sample: bool) -> Tensor:
+    """d entropy / d log temperature = the variance of log p under p."""
+    log_p = log_softmax(logits, temperature if per_sample else temperature.expand(len(logits)))
+    p = log_p.exp()
+    log_p = log_p.masked_fill(log_p == -math.inf, 0)
+    centered = log_p - (p * log_p).sum(-1, keepdim=True)
+    variance = (p * centered.square()).sum(-1)
+    return variance if per_sample else variance.mean()
+
+
+def teacher_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float | Tensor,
+    student_temperature: float,
+    eps: float,
+) -> Tensor:
+    """KL of one teacher, [..., C] -> [...], in nats."""
+    log_p = log_softmax(teacher_logits, temperature)
+    log_q = log_softmax(student_logits, student_temperature)
+    p = log_p.exp()
+    ratio = ((p + eps).log() if eps else log_p) - log_q
+    # A class of probability 0 adds nothing, also where the ratio is infinite.
+    return (p * ratio.masked_fill(p == 0, 0)).sum(-1)
+
+
+def multi_teacher_kl(
+    student_logits: Sequence[Tensor],
+    teacher_logits: Sequence[Tensor],
+    temperature: float | Tensor,
+    *,
+    student_temperature: float,
+    eps: float,
+) -> Tensor:
+    """K pairs of [..., C] -> [K, ...]; temperature a float, 0-d or [K]."""
+    rows = []
+    for k, (student, teacher) in enumerate(zip(student_logits, teacher_logits, strict=True)):
+        one = temperature
+        if isinstance(one, Tensor):
+            one = one if one.dim() == 0 else one[k]
+        rows.append(teacher_kl(student, teacher, one, student_temperature, eps))
+    return torch.stack(rows)
+
+
+def pgd_step_(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    *,
+    step_size: float,
+    epsilon: float,
+    low: float,
+    high: float,
+    norm: str,
+) -> Tensor:
+    """[N, ...], in place."""
+    acc = accumulation_dtype(x_adv.dtype)
+    origin, delta = x.to(acc), grad.to(acc)
+    if norm == "linf":
+        moved = x_adv.to(acc) + step_size * delta.sign().nan_to_num(0)
+        moved = torch.minimum(torch.maximum(moved, origin - epsilon), origin + epsilon)
+    else:
+        shape = (-1,) + (1,) * (x.dim() - 1)
+        length = delta.flatten(1).norm(dim=1)
+        scale = torch.where(length.isfinite() & (length > 0), step_size / length, 0.0)
+        step = delta * scale.view(shape)
+        moved = x_adv.to(acc) + step.masked_fill(scale.view(shape) == 0, 0) - origin
+        length = moved.flatten(1).norm(dim=1).view(shape)
+        moved = origin + moved * torch.where(length > epsilon, epsilon / length, 1.0)
+    return x_adv.copy_(moved.clamp(low, high))
+
+
+def balanced_weights(
+    losses: Tensor, initial_losses: Tensor, weights: Tensor, weight_lr: Tensor, exponent: float
+) -> Tensor:
+    """Normalization Loss Balance, one step on [K] tensors."""
+    started = initial_losses > 0
+    relative = torch.where(started, losses / initial_losses.where(started, 1.0), 1.0)
+    relative = relative.clamp(min=0) ** exponent
+    total = relative.sum()
+    share = torch.where(total > 0, relative / total, 1 / len(losses))
+    weights = ((1 - weight_lr) * weights + weight_lr * share).clamp(min=0)
+    total = weights.sum()
+    return torch.where(total > 0, weights / total, 1 / len(losses))
+
+
+def sign_step(
+    entropies: Tensor, temperatures: Tensor, temperature_lr: Tensor, low: float, high: float
+) -> Tensor:
+    """Entropy-Based Balance as published, one step on [K] tensors."""
+    if len(entropies) < 2:
+        return temperatures.clone()
+    others = (entropies.sum() - entropies) / (len(entropies) - 1)
+    return (temperatures - temperature_lr * (entropies - others).sign()).clamp(low, high)
