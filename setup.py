@@ -19,9 +19,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
+
+if int(__version__.split(".")[0]) < 77:  # without build isolation nothing else checks
+    raise SystemExit(f"bmtard: setuptools >= 77 is needed, found {__version__}")
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 
