@@ -24,7 +24,7 @@ from setuptools.command.build_ext import build_ext
 
 if int(__version__.split(".")[0]) < 77:  # without build isolation nothing else checks
     raise SystemExit(f"bmtard: setuptools >= 77 is needed, found {__version__}")
-from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 

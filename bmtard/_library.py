@@ -11,7 +11,6 @@ import json
 import os
 import warnings
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ class BuildInfo:
 def _load() -> str:
     """Registers the ops. Returns why that was impossible, or an empty string."""
     if not _LIBRARY.is_file():
-        return f"there is no {_LIBRARY}: bmtard was installed without a C++ compiler"
+        return f"there is no {_LIBRARY}; it needs a C++ compiler when bmtard is installed"
     running = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if running < OLDEST_TORCH:
         return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
@@ -89,21 +88,23 @@ if not NATIVE:
     )
 
 
-@cache
 def _native_info() -> dict[str, Any]:
-    if not NATIVE:
-        return {}
+    """What the library says of itself: the JSON object of csrc/ops.cpp."""
     function = ctypes.CDLL(str(_LIBRARY)).bmtard_build_info
     function.restype = ctypes.c_char_p
-    return json.loads(function())
+    info: dict[str, Any] = json.loads(function())
+    return info
+
+
+_INFO = _native_info() if NATIVE else {}
+_HAS_CUDA: bool = _INFO.get("cuda", False)  # a constant, so that torch.compile can trace it
 
 
 def has_cuda() -> bool:
     """Whether CUDA kernels are compiled in. Says nothing of a GPU."""
-    return bool(_native_info().get("cuda"))
+    return _HAS_CUDA
 
 
-@cache
 def build_info() -> BuildInfo:
     """Version, torch, instruction set, CUDA architectures, and the path in use and why."""
     from importlib.metadata import PackageNotFoundError, version
@@ -112,19 +113,18 @@ def build_info() -> BuildInfo:
         installed = version("bmtard")
     except PackageNotFoundError:
         installed = "not installed"
-    native = _native_info()
-    runtime = native.get("cuda_runtime")  # 13000 is 13.0
+    runtime = _INFO.get("cuda_runtime")  # 13000 is 13.0
     return BuildInfo(
         version=installed,
         native=NATIVE,
         reason=_REASON,
         library=_LIBRARY if NATIVE else None,
         torch_running=torch.__version__,
-        torch_built=native.get("torch"),
-        torch_target=native.get("target"),
-        compiler=native.get("compiler"),
-        instruction_set=native.get("instruction_set"),
-        cuda=has_cuda(),
-        cuda_architectures=tuple(filter(None, native.get("cuda_architectures", "").split(";"))),
+        torch_built=_INFO.get("torch"),
+        torch_target=_INFO.get("target"),
+        compiler=_INFO.get("compiler"),
+        instruction_set=_INFO.get("instruction_set"),
+        cuda=_HAS_CUDA,
+        cuda_architectures=tuple(filter(None, _INFO.get("cuda_architectures", "").split(";"))),
         cuda_runtime=f"{runtime // 1000}.{runtime % 1000 // 10}" if runtime else None,
     )

@@ -1,0 +1,52 @@
+# Everything sets itself up: a fresh clone, python3 with venv, g++ and make are enough.
+PYTHON ?= python3
+VENV ?= .venv
+# Any torch >= 2.10, for instance TORCH="torch==2.11.0 --index-url <index of CUDA builds>".
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?= -n 2
+# Where nvcc is found: one GPU architecture while developing; `make wheel` builds them all.
+ARCHS ?= 90
+
+BIN := $(VENV)/bin
+CXX_FILES = $(shell git ls-files '*.h' '*.cuh' '*.cpp' '*.cu')
+SOURCES := CMakeLists.txt setup.py $(shell find cmake csrc tests/simt -type f -name '*.[ch]*' 2>/dev/null)
+INSTALL := env BMTARD_CUDA_ARCHS="$(ARCHS)" BMTARD_BUILD_TESTS=1 $(BIN)/pip install --no-build-isolation
+
+.PHONY: help venv demo test lint format wheel test-wheel bench clean
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## /\1\t/p' Makefile | expand -t 12
+
+venv: $(VENV)/installed  ## environment with bmtard (editable) and every tool
+
+demo: venv  ## train B-MTARD and its baselines on the bundled digits
+	$(BIN)/bmtard demo
+
+test: venv  ## all tests that this machine can run
+	BMTARD_REQUIRE_NATIVE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: venv  ## check style and types; changes nothing
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: venv  ## rewrite to the style that lint checks
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/clang-format -i $(CXX_FILES)
+
+wheel: venv  ## dist/bmtard-*.whl, for all GPU architectures where nvcc is found
+	rm -rf dist && $(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
+
+test-wheel: wheel  ## that wheel under other Pythons and torches
+	$(BIN)/python tools/test_wheel.py dist/*.whl
+
+bench: venv  ## microbenchmarks
+	$(BIN)/bmtard bench
+
+clean:  ## remove what was built; the environment stays
+	rm -rf build dist bmtard/_C*.so *.egg-info $(VENV)/installed
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "make: python3 needs its venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	$(BIN)/pip install $(TORCH) "setuptools>=77" "cmake>=3.24" ninja "pybind11>=2.13" && touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml $(SOURCES)
+	$(INSTALL) -e '.[dev]' && touch $@

@@ -1,0 +1,118 @@
+"""Finding, loading and describing the compiled library, and going on without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bmtard
+from bmtard import _library
+
+PACKAGE = Path(bmtard.__file__).parent
+OP = "print(bmtard.softmax_entropy(torch.zeros(1, 4)).item())"  # log 4, on every path
+
+needs_native = pytest.mark.skipif(
+    not _library.NATIVE, reason="no compiled library (an error with BMTARD_REQUIRE_NATIVE=1)"
+)
+
+
+def run(code: str, folder: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh Python that takes bmtard from ``folder``."""
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("BMTARD_")}
+    return subprocess.run(
+        [sys.executable, "-W", "always::RuntimeWarning", "-c", code],
+        cwd=folder or PACKAGE.parent,
+        env=environ | env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def bare_package(tmp_path: Path) -> Path:
+    """A folder with a copy of the package, but without its library."""
+    shutil.copytree(PACKAGE, tmp_path / "bmtard", ignore=shutil.ignore_patterns("*.so"))
+    return tmp_path
+
+
+@needs_native
+def test_build_info_describes_the_library():
+    info = bmtard.build_info()
+    assert info.native
+    assert info.reason == ""
+    assert info.library == PACKAGE / "_C.so"
+    assert info.torch_running == torch.__version__
+    assert info.torch_target == "2.10"
+    assert info.instruction_set in {"baseline", "avx2", "avx512"}
+    assert info.cuda == _library.has_cuda() == bool(info.cuda_architectures)
+    assert info.cuda == (info.cuda_runtime is not None)
+    for part in (info.version, torch.__version__, info.instruction_set, str(info.library)):
+        assert part in str(info)
+
+
+@needs_native
+@pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"])
+def test_instruction_set_can_be_chosen(instruction_set):
+    best = run("import bmtard; print(bmtard.build_info().instruction_set)").stdout.strip()
+    order = ["baseline", "avx2", "avx512"]
+    if order.index(instruction_set) > order.index(best):
+        pytest.skip(f"this machine has {best}")
+    result = run(
+        f"import torch, bmtard; print(bmtard.build_info().instruction_set); {OP}",
+        BMTARD_CPU_CAPABILITY=instruction_set,
+    )
+    assert result.returncode == 0, result.stderr
+    chosen, entropy = result.stdout.split()
+    assert chosen == instruction_set
+    assert float(entropy) == pytest.approx(1.3862943611)
+
+
+def test_without_library_warns_once_and_works(bare_package):
+    result = run(f"import torch, bmtard; {OP}; print(bmtard.build_info())", bare_package)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("RuntimeWarning") == 1
+    assert "without its compiled kernels: there is no" in result.stderr
+    assert float(result.stdout.split()[0]) == pytest.approx(1.3862943611)
+    assert "plain torch: there is no" in result.stdout
+
+
+def test_without_library_require_native_fails(bare_package):
+    result = run("import bmtard", bare_package, BMTARD_REQUIRE_NATIVE="1")
+    assert result.returncode != 0
+    assert "ImportError: BMTARD_REQUIRE_NATIVE=1, but there is no" in result.stderr
+
+
+def test_broken_library_is_named(bare_package):
+    (bare_package / "bmtard" / "_C.so").write_bytes(b"not a library")
+    result = run(f"import torch, bmtard; {OP}", bare_package)
+    assert result.returncode == 0, result.stderr
+    assert "_C.so cannot be loaded" in result.stderr
+
+
+@needs_native
+def test_old_torch_is_refused():
+    code = "import torch; torch.__version__ = '2.9.1'; import bmtard"
+    result = run(f"{code}; {OP}")
+    assert result.returncode == 0, result.stderr
+    assert "torch 2.9.1 is older than 2.10" in result.stderr
+
+
+def test_import_is_light():
+    """At most 60 ms of processor time over ``import torch``, and no optional package."""
+    code = (
+        "import json, sys, time, torch; before = set(sys.modules); start = time.process_time(); "
+        "import bmtard; seconds = time.process_time() - start; "
+        "print(json.dumps([seconds, sorted({m.split('.')[0] for m in set(sys.modules) - before})]))"
+    )
+    seconds, modules = min(json.loads(run(code).stdout) for _ in range(3))
+    optional = {"matplotlib", "PIL", "pyautoattack", "rich", "scipy", "sklearn", "tyro"}
+    assert not optional & set(modules)
+    assert seconds <= 0.06
