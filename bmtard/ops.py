@@ -537,7 +537,7 @@ class _MultiTeacherKL(torch.autograd.Function):
             rows = [_rows(x) for x in logits]
             grad_students, grad_teachers, grad_temperature = _native.multi_teacher_kl_backward(
                 grad.flatten(1), rows[:n], rows[n:], temperature, *ctx.options, statistics,
-                wants[:n], wants[n:], wants_temperature,
+                _mask(wants[:n]), _mask(wants[n:]), wants_temperature,
             )  # fmt: skip
             computed = iter([*grad_students.unbind(), *grad_teachers.unbind()])
             grad_logits = [
@@ -620,8 +620,8 @@ def _register_fakes() -> None:
         n, c = rows_of(students[0]), students[0].shape[1]
         k = max(len(students), len(teachers))
         return (
-            students[0].new_empty((sum(wants_students), n, c)),
-            teachers[0].new_empty((sum(wants_teachers), n, c)),
+            students[0].new_empty((wants_students.bit_count(), n, c)),
+            teachers[0].new_empty((wants_teachers.bit_count(), n, c)),
             grad.new_empty((k, n) if wants_temperature else (0, n)),
         )
 
@@ -802,6 +802,11 @@ def _split(temperature: float | Tensor, dtype: torch.dtype) -> tuple[Tensor | No
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _mask(wanted: Sequence[bool]) -> int:
+    """Bit k for entry k."""
+    return sum(1 << k for k, one in enumerate(wanted) if one)
 
 
 def _rows(logits: Tensor) -> Tensor:

@@ -184,11 +184,11 @@ def pgd_step_(
         moved = torch.minimum(torch.maximum(moved, origin - epsilon), origin + epsilon)
     else:
         shape = (-1,) + (1,) * (x.dim() - 1)
-        length = delta.flatten(1).norm(dim=1)
+        length = delta.unsqueeze(-1).flatten(1).norm(dim=1)
         scale = torch.where(length.isfinite() & (length > 0), step_size / length, 0.0)
         step = delta * scale.view(shape)
         moved = x_adv.to(acc) + step.masked_fill(scale.view(shape) == 0, 0) - origin
-        length = moved.flatten(1).norm(dim=1).view(shape)
+        length = moved.unsqueeze(-1).flatten(1).norm(dim=1).view(shape)
         moved = origin + moved * torch.where(length > epsilon, epsilon / length, 1.0)
     return x_adv.copy_(moved.clamp(low, high))
 

@@ -1,0 +1,200 @@
+// The whole balanced loss: temperatures, KLs, weights, loss, gradients, state.
+#include "../core/balance.h"
+#include "teacher_kl.h"
+#include "temperature_search.h"
+
+BMTARD_NAMESPACE_BEGIN
+
+namespace {
+
+// Views into the workspace; bmtard_loss_workspace() in dispatch.cpp sizes it.
+template <typename scalar>
+struct Workspace {
+  using real = acc_t<scalar>;
+  double* parts;  // [3, N]
+  double* kl;     // [K, N]
+  double* entropy;  // [K, N]
+  real* max;      // [K, N], of the teachers
+  real* difference;  // [K, N, C], q - p, where the gradients themselves are of half type
+
+  explicit Workspace(const BMTARDLossArgs& args) {
+    const int64_t rows = args.rows, all = args.teachers * args.rows;
+    parts = static_cast<double*>(args.workspace);
+    kl = parts + 3 * rows;
+    entropy = kl + all;
+    max = reinterpret_cast<real*>(entropy + all);
+    difference = max + all;
+  }
+};
+
+// Mode "bisect": every teacher to the largest of their entropies at the lower bound.
+template <typename scalar>
+bool solve_temperatures(const BMTARDLossArgs& args, const Workspace<scalar>& work,
+                        ParallelFor parallel_for, double* temperatures) {
+  using real = acc_t<scalar>;
+  double log_count[kMaxTeachers];
+  EntropyDerivatives<double> lowest[kMaxTeachers];
+  double target = kNegativeInfinity<double>;
+  for (int32_t k = 0; k < args.teachers; ++k) {
+    real* max = work.max + k * args.rows;
+    for_rows(parallel_for, args.rows, args.classes, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const scalar* row = row_of<scalar>(args.teacher[k], r);
+        int64_t finite = 0;
+        max[r] = row_max(row, args.classes);
+        Vec<real> n = real(0);
+        for_row(row, args.classes, kNegativeInfinity<real>, [&](Vec<real> z, int64_t) {
+          n = n + select(z == Vec<real>(kNegativeInfinity<real>), Vec<real>(real(0)),
+                         Vec<real>(real(1)));
+        });
+        finite = static_cast<int64_t>(reduce_add(n));
+        work.parts[r] = ::log(static_cast<double>(finite));
+      }
+    });
+    log_count[k] = 0;
+    for (int64_t r = 0; r < args.rows; ++r) log_count[k] += work.parts[r] / args.rows;
+    lowest[k] = mean_derivatives<scalar>(args.teacher[k], args.rows, args.classes, max, args.low,
+                                         work.parts, parallel_for);
+    if (lowest[k].entropy > target) target = lowest[k].entropy;
+  }
+  bool out_of_bounds = false;
+  for (int32_t k = 0; k < args.teachers; ++k) {
+    TemperatureSearch<double> search{};
+    search.target = target;
+    search.log_count = log_count[k];
+    const double rounding = 4.0 * std::numeric_limits<real>::epsilon() * log_count[k];
+    search.tolerance = args.tolerance > rounding ? args.tolerance : rounding;
+    search.low = args.low;
+    search.high = args.high;
+    search.max_iterations = args.max_iterations;
+    search.method = SearchMethod::kHalley;
+    const double current = args.state.temperatures[k];
+    search.start(current, current);
+    // The entropy at the lower bound is known; for the teacher that set the target, it is it.
+    if (lowest[k].entropy >= target - search.tolerance) {
+      search.temperature = args.low;
+      search.update(lowest[k]);
+    }
+    run(search, [&](double temperature) {
+      return mean_derivatives<scalar>(args.teacher[k], args.rows, args.classes,
+                                      work.max + k * args.rows, temperature, work.parts,
+                                      parallel_for);
+    });
+    out_of_bounds |= search.status == kClampedHigh;
+    temperatures[k] = move_temperature(current, search.temperature, args.temperature_momentum);
+  }
+  return out_of_bounds;
+}
+
+template <typename scalar>
+void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
+  using real = acc_t<scalar>;
+  using V = Vec<real>;
+  constexpr bool is_half = !std::is_same<scalar, real>::value;
+  const Workspace<scalar> work(args);
+  const BalanceState& state = args.state;
+  const int32_t teachers = args.teachers;
+  const int64_t rows = args.rows, classes = args.classes;
+
+  double temperatures[kMaxTeachers];
+  for (int32_t k = 0; k < teachers; ++k) temperatures[k] = state.temperatures[k];
+  bool out_of_bounds = false;
+  if (args.update && args.mode == BalanceMode::kBisect) {
+    out_of_bounds = solve_temperatures<scalar>(args, work, parallel_for, temperatures);
+  }
+
+  const real student_scale = static_cast<real>(1.0 / args.student_temperature);
+  const real gradient_scale = static_cast<real>(args.scale / args.student_temperature);
+  // q - p of the row goes where its gradient will be, or beside it where that is a half type.
+  const auto difference_of = [&](int32_t k, int64_t r) {
+    real* base = is_half ? work.difference + k * rows * classes
+                         : static_cast<real*>(args.grad_student[k]);
+    return base + r * classes;
+  };
+  for_rows(parallel_for, teachers * rows, 4 * classes, [&](int64_t begin, int64_t end) {
+    const RowScratch<real> scratch(classes);
+    const int64_t padded = (classes + V::size - 1) / V::size * V::size;
+    real norms[2];
+    for (int64_t i = begin; i < end; ++i) {
+      const int32_t k = static_cast<int32_t>(i / rows);
+      const int64_t r = i % rows;
+      const auto found = teacher_kl(
+          row_of<scalar>(args.student[k], r), row_of<scalar>(args.teacher[k], r), classes,
+          student_scale, static_cast<real>(inverse_temperature(temperatures[k])),
+          static_cast<real>(args.eps), scratch.data(), norms);
+      work.kl[i] = static_cast<double>(found.kl);
+      // The published entropies, of mode "sign", have eps inside the logarithm too.
+      work.entropy[i] = static_cast<double>(
+          args.mode == BalanceMode::kSign ? found.entropy_eps : found.entropy);
+      if (!args.grad_student[k]) continue;
+      real* out = difference_of(k, r);
+      const V q_scale = norms[0] * gradient_scale, p_scale = norms[1] * gradient_scale;
+      for (int64_t j = 0; j < classes; j += V::size) {
+        store_at(out, j, classes,
+                 load(scratch.data() + j) * q_scale - load(scratch.data() + padded + j) * p_scale);
+      }
+    }
+  });
+
+  // In row order, whatever the number of threads.
+  double losses[kMaxTeachers], entropies[kMaxTeachers], weights[kMaxTeachers];
+  bool finite = true;
+  for (int32_t k = 0; k < teachers; ++k) {
+    losses[k] = entropies[k] = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      losses[k] += work.kl[k * rows + r];
+      entropies[k] += work.entropy[k * rows + r];
+    }
+    losses[k] *= args.scale;
+    entropies[k] /= static_cast<double>(rows);
+    finite &= is_finite(losses[k]) && is_finite(entropies[k]);
+    weights[k] = state.weights[k];
+  }
+  if (args.update && finite) {
+    const bool first = *state.step == 0;
+    for (int32_t k = 0; k < teachers; ++k) {
+      if (first) state.initial_losses[k] = losses[k];
+    }
+    balance_weights(teachers, losses, state.initial_losses, *state.weight_lr, args.loss_exponent,
+                    weights);
+    if (args.mode == BalanceMode::kSign) {
+      sign_step(teachers, entropies, *state.temperature_lr, args.low, args.high, temperatures);
+    }
+    for (int32_t k = 0; k < teachers; ++k) {
+      state.temperatures[k] = temperatures[k];
+      state.weights[k] = weights[k];
+      state.entropies[k] = entropies[k];
+      state.losses[k] = losses[k];
+    }
+    *state.step += 1;
+    *state.status = out_of_bounds ? kTargetOutOfBounds : kUpdated;
+  } else if (args.update) {
+    *state.status = kSkippedNonFinite;
+  }
+
+  double total = 0;
+  for (int32_t k = 0; k < teachers; ++k) total += weights[k] * losses[k];
+  *static_cast<real*>(args.loss) = static_cast<real>(total);
+
+  for_rows(parallel_for, teachers * rows, classes, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int32_t k = static_cast<int32_t>(i / rows);
+      const int64_t r = i % rows;
+      if (!args.grad_student[k]) continue;
+      const real weight = static_cast<real>(weights[k]);
+      scalar* out = static_cast<scalar*>(args.grad_student[k]) + r * classes;
+      for_row(difference_of(k, r), classes, real(0),
+              [&](V d, int64_t j) { store_at(out, j, classes, d * V(weight)); });
+    }
+  });
+}
+
+}  // namespace
+
+void bmtard_loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
+  with_type(args.dtype, [&](auto type) {
+    loss<typename decltype(type)::type>(args, parallel_for);
+  });
+}
+
+BMTARD_NAMESPACE_END

@@ -1,0 +1,150 @@
+#include "teacher_kl.h"
+
+BMTARD_NAMESPACE_BEGIN
+
+namespace {
+
+template <typename real, typename Args>
+real teacher_scale(const Args& args, int32_t k) {
+  const double temperature =
+      args.temperature ? args.temperature[k * args.temperature_stride] : args.temperature_value;
+  return static_cast<real>(inverse_temperature(temperature));
+}
+
+template <typename scalar>
+void forward_rows(const MultiTeacherKLArgs& args, int64_t begin, int64_t end) {
+  using real = acc_t<scalar>;
+  const RowScratch<real> scratch(args.classes);
+  real norms[2];
+  const int64_t plane = args.teachers * args.rows;
+  real* statistics = static_cast<real*>(args.statistics);
+  for (int32_t k = 0; k < args.teachers; ++k) {
+    for (int64_t r = begin; r < end; ++r) {
+      const auto found = teacher_kl(
+          row_of<scalar>(args.student[k], r), row_of<scalar>(args.teacher[k], r), args.classes,
+          static_cast<real>(1.0 / args.student_temperature), teacher_scale<real>(args, k),
+          static_cast<real>(args.eps), scratch.data(), norms);
+      const int64_t at = k * args.rows + r;
+      static_cast<real*>(args.kl)[at] = found.kl;
+      if (statistics) {
+        statistics[at] = found.student_max;
+        statistics[plane + at] = found.student_log_sum;
+        statistics[2 * plane + at] = found.teacher_max;
+        statistics[3 * plane + at] = found.teacher_log_sum;
+        statistics[4 * plane + at] = found.center;
+      }
+    }
+  }
+}
+
+// One row of one teacher in the backward pass.
+template <typename scalar>
+struct RowBackward {
+  using real = acc_t<scalar>;
+  const scalar* student;
+  const scalar* teacher;
+  real student_max, student_log_sum, teacher_max, teacher_log_sum, center;
+  real coefficient, teacher_scale;
+  Vec<real> by_temperature;
+};
+
+template <typename scalar>
+void backward_rows(const MultiTeacherKLBackwardArgs& args, int64_t begin, int64_t end) {
+  using real = acc_t<scalar>;
+  using V = Vec<real>;
+  const real* statistics = static_cast<const real*>(args.statistics);
+  const real* coefficient = static_cast<const real*>(args.coefficient);
+  const int64_t plane = args.teachers * args.rows;
+  const V student_scale = static_cast<real>(1.0 / args.student_temperature);
+  const V eps = static_cast<real>(args.eps);
+  const bool has_eps = args.eps != 0;
+  bool wants_teacher = args.grad_temperature != nullptr;
+  for (int32_t k = 0; k < args.teachers; ++k) wants_teacher |= args.grad_teacher[k] != nullptr;
+
+  RowBackward<scalar> rows[kMaxTeachers];
+  for (int64_t r = begin; r < end; ++r) {
+    for (int32_t k = 0; k < args.teachers; ++k) {
+      const int64_t at = k * args.rows + r;
+      rows[k] = {row_of<scalar>(args.student[k], r),
+                 row_of<scalar>(args.teacher[k], r),
+                 statistics[at],
+                 statistics[plane + at],
+                 statistics[2 * plane + at],
+                 statistics[3 * plane + at],
+                 statistics[4 * plane + at],
+                 coefficient[k * args.coefficient_teacher_stride + r * args.coefficient_row_stride],
+                 teacher_scale<real>(args, k),
+                 V(real(0))};
+    }
+    const auto out = [&](void* grad) { return static_cast<scalar*>(grad) + r * args.classes; };
+    for (int64_t j = 0; j < args.classes; j += V::size) {
+      const int64_t left = args.classes - j;
+      const auto at = [&](const scalar* row) {
+        return left >= V::size
+                   ? load(row + j)
+                   : load_partial(row + j, static_cast<int>(left), kNegativeInfinity<real>);
+      };
+      V student_total = real(0), teacher_total = real(0);
+      for (int32_t k = 0; k < args.teachers; ++k) {
+        RowBackward<scalar>& row = rows[k];
+        const V log_q =
+            (at(row.student) - V(row.student_max)) * student_scale - V(row.student_log_sum);
+        const V u = (at(row.teacher) - V(row.teacher_max)) * V(row.teacher_scale);
+        const V log_p = u - V(row.teacher_log_sum);
+        const V p = exp(log_p);
+        if (args.grad_student[args.student_shared ? 0 : k]) {
+          const V grad = V(row.coefficient) * student_scale * (exp(log_q) - p);
+          if (args.student_shared) {
+            student_total = student_total + grad;
+          } else {
+            store_at(out(args.grad_student[k]), j, args.classes, grad);
+          }
+        }
+        if (wants_teacher) {
+          const V by_u = V(row.coefficient) *
+                         kl_by_scaled_teacher(p, log_p, log_q, V(row.center), eps, has_eps);
+          const V grad = by_u * V(row.teacher_scale);
+          row.by_temperature = row.by_temperature - grad * floor_exponent(u);
+          if (args.teacher_shared) {
+            teacher_total = teacher_total + grad;
+          } else if (args.grad_teacher[k]) {
+            store_at(out(args.grad_teacher[k]), j, args.classes, grad);
+          }
+        }
+      }
+      if (args.student_shared && args.grad_student[0]) {
+        store_at(out(args.grad_student[0]), j, args.classes, student_total);
+      }
+      if (args.teacher_shared && args.grad_teacher[0]) {
+        store_at(out(args.grad_teacher[0]), j, args.classes, teacher_total);
+      }
+    }
+    if (args.grad_temperature) {
+      for (int32_t k = 0; k < args.teachers; ++k) {
+        static_cast<real*>(args.grad_temperature)[k * args.rows + r] =
+            reduce_add(rows[k].by_temperature);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void multi_teacher_kl(const MultiTeacherKLArgs& args, ParallelFor parallel_for) {
+  with_type(args.dtype, [&](auto type) {
+    using scalar = typename decltype(type)::type;
+    for_rows(parallel_for, args.rows, 2 * args.teachers * args.classes,
+             [&](int64_t begin, int64_t end) { forward_rows<scalar>(args, begin, end); });
+  });
+}
+
+void multi_teacher_kl_backward(const MultiTeacherKLBackwardArgs& args,
+                               ParallelFor parallel_for) {
+  with_type(args.dtype, [&](auto type) {
+    using scalar = typename decltype(type)::type;
+    for_rows(parallel_for, args.rows, 2 * args.teachers * args.classes,
+             [&](int64_t begin, int64_t end) { backward_rows<scalar>(args, begin, end); });
+  });
+}
+
+BMTARD_NAMESPACE_END

@@ -1,0 +1,147 @@
+// What the row loops share: element types, threads, and the passes over one row.
+#pragma once
+
+#include "../kernels.h"
+#include "vec.h"
+
+BMTARD_NAMESPACE_BEGIN
+
+using cpu::ParallelFor;
+
+// Defined once per instruction set, one file an op; dispatch.cpp chooses among the tables.
+void softmax_entropy(const SoftmaxEntropyArgs& args, ParallelFor parallel_for);
+void softmax_entropy_backward(const SoftmaxEntropyBackwardArgs& args, ParallelFor parallel_for);
+void bisect_temperature(const BisectTemperatureArgs& args, ParallelFor parallel_for);
+void multi_teacher_kl(const MultiTeacherKLArgs& args, ParallelFor parallel_for);
+void multi_teacher_kl_backward(const MultiTeacherKLBackwardArgs& args, ParallelFor parallel_for);
+void bmtard_loss(const BMTARDLossArgs& args, ParallelFor parallel_for);
+void pgd_step(const PgdStepArgs& args, ParallelFor parallel_for);
+
+template <typename scalar>
+struct Type {
+  using type = scalar;
+};
+
+// Calls f(Type<scalar>) for the element type.
+template <typename F>
+inline void with_type(DataType dtype, F f) {
+  switch (dtype) {
+    case DataType::kFloat64:
+      return f(Type<double>{});
+    case DataType::kFloat32:
+      return f(Type<float>{});
+    case DataType::kBFloat16:
+      return f(Type<BFloat16>{});
+    case DataType::kFloat16:
+      return f(Type<Float16>{});
+  }
+}
+
+// f(begin, end) over the rows, on several threads when there is work for them: 16k elements
+// take about as long as waking a thread.
+template <typename F>
+inline void for_rows(ParallelFor parallel_for, int64_t rows, int64_t elements_per_row, F f) {
+  const int64_t grain = elements_per_row > 16384 ? 1 : 16384 / (elements_per_row + 1) + 1;
+  if (rows <= 0) return;
+  if (rows <= grain) return f(int64_t{0}, rows);
+  parallel_for(
+      0, rows, grain,
+      [](int64_t begin, int64_t end, void* context) { (*static_cast<F*>(context))(begin, end); },
+      &f);
+}
+
+template <typename scalar>
+inline const scalar* row_of(const Matrix& matrix, int64_t row) {
+  return static_cast<const scalar*>(matrix.data) + row * matrix.row_stride;
+}
+
+// 1 / temperature, NaN for one that is not > 0.
+template <typename real>
+inline real inverse_temperature(real temperature) {
+  return temperature > real(0) ? real(1) / temperature : std::numeric_limits<real>::quiet_NaN();
+}
+
+// f(vector, index of its first element) over a row; lanes past its end hold `fill`.
+template <typename scalar, typename F>
+inline void for_row(const scalar* row, int64_t count, acc_t<scalar> fill, F f) {
+  constexpr int size = Vec<acc_t<scalar>>::size;
+  int64_t j = 0;
+  for (; j + size <= count; j += size) f(load(row + j), j);
+  if (j < count) f(load_partial(row + j, static_cast<int>(count - j), fill), j);
+}
+
+// The same over two rows at once.
+template <typename scalar, typename F>
+inline void for_rows_pair(const scalar* a, const scalar* b, int64_t count, acc_t<scalar> fill,
+                          F f) {
+  constexpr int size = Vec<acc_t<scalar>>::size;
+  int64_t j = 0;
+  for (; j + size <= count; j += size) f(load(a + j), load(b + j), j);
+  if (j < count) {
+    const int n = static_cast<int>(count - j);
+    f(load_partial(a + j, n, fill), load_partial(b + j, n, fill), j);
+  }
+}
+
+// Writes one vector of a row of `count` elements at index j.
+template <typename scalar>
+inline void store_at(scalar* row, int64_t j, int64_t count, Vec<acc_t<scalar>> x) {
+  constexpr int size = Vec<acc_t<scalar>>::size;
+  if (j + size <= count) {
+    store(row + j, x);
+  } else {
+    store_partial(row + j, static_cast<int>(count - j), x);
+  }
+}
+
+// Elements a pass sums in vector lanes before it adds them up in double: keeps float sums of
+// long rows as exact as those of short ones.
+constexpr int64_t kBlock = 2048;
+
+template <typename real>
+constexpr real kNegativeInfinity = -std::numeric_limits<real>::infinity();
+
+// The largest logit; NaN logits are passed over, to show in the sums that follow. A row that is
+// all -inf gives 0, so that logits minus maximum stays -inf instead of NaN.
+template <typename scalar>
+inline acc_t<scalar> row_max(const scalar* row, int64_t count) {
+  using real = acc_t<scalar>;
+  using V = Vec<real>;
+  constexpr int size = V::size;
+  V largest = kNegativeInfinity<real>;
+  V second = largest;
+  int64_t j = 0;
+  for (; j + 2 * size <= count; j += 2 * size) {
+    const V x = load(row + j), y = load(row + j + size);
+    largest = select(x > largest, x, largest);
+    second = select(y > second, y, second);
+  }
+  for_row(row + j, count - j, kNegativeInfinity<real>,
+          [&](V x, int64_t) { largest = select(x > largest, x, largest); });
+  const real max = reduce_max(select(second > largest, second, largest));
+  return max > kNegativeInfinity<real> ? max : real(0);
+}
+
+// The sums of a row over u = (z - max) * scale. Sums is one of core's, such as EntropySums;
+// `fields` of its values are added up.
+template <template <typename> class Sums, typename scalar>
+inline Sums<double> row_sums(const scalar* row, int64_t count, acc_t<scalar> max,
+                             acc_t<scalar> scale) {
+  using real = acc_t<scalar>;
+  using V = Vec<real>;
+  constexpr int fields = sizeof(Sums<double>) / sizeof(double);
+  Sums<double> total{};
+  double* into = reinterpret_cast<double*>(&total);
+  for (int64_t start = 0; start < count; start += kBlock) {
+    const int64_t length = count - start < kBlock ? count - start : kBlock;
+    Sums<V> sums;
+    V* values = reinterpret_cast<V*>(&sums);
+    for (int i = 0; i < fields; ++i) values[i] = V(real(0));
+    for_row(row + start, length, kNegativeInfinity<real>,
+            [&](V z, int64_t) { accumulate(sums, (z - V(max)) * V(scale)); });
+    for (int i = 0; i < fields; ++i) into[i] += static_cast<double>(reduce_add(values[i]));
+  }
+  return total;
+}
+
+BMTARD_NAMESPACE_END

@@ -1,0 +1,79 @@
+// Entropy derivatives of rows, and the search for the temperature of a mean entropy.
+#pragma once
+
+#include "../core/temperature_search.h"
+#include "rows.h"
+
+BMTARD_NAMESPACE_BEGIN
+
+// What the first look at a row yields.
+template <typename real>
+struct RowLook {
+  real max;
+  LogitRange<double> range;
+};
+
+template <typename scalar>
+inline RowLook<acc_t<scalar>> look_at(const scalar* row, int64_t count) {
+  using real = acc_t<scalar>;
+  using V = Vec<real>;
+  const real max = row_max(row, count);
+  double finite = 0, sum = 0, squares = 0;
+  for (int64_t start = 0; start < count; start += kBlock) {
+    const int64_t length = count - start < kBlock ? count - start : kBlock;
+    V n = real(0), s = real(0), q = real(0);
+    for_row(row + start, length, kNegativeInfinity<real>, [&](V z, int64_t) {
+      const auto masked = z == V(kNegativeInfinity<real>);
+      const V d = select(masked, V(real(0)), z - V(max));
+      n = n + select(masked, V(real(0)), V(real(1)));
+      s = s + d;
+      q = q + d * d;
+    });
+    finite += static_cast<double>(reduce_add(n));
+    sum += static_cast<double>(reduce_add(s));
+    squares += static_cast<double>(reduce_add(q));
+  }
+  const double mean = sum / finite;
+  return {max, {::log(finite), squares / finite - mean * mean}};
+}
+
+template <typename scalar>
+inline EntropyDerivatives<double> row_derivatives(const scalar* row, int64_t count,
+                                                  acc_t<scalar> max, double temperature) {
+  const acc_t<scalar> scale = static_cast<acc_t<scalar>>(1.0 / temperature);
+  return derivatives_of(row_sums<EntropyMoments>(row, count, max, scale));
+}
+
+// The mean over rows. Each row's part goes through `parts` ([3, N] doubles) and is added in row
+// order, so that the sum does not depend on the number of threads.
+template <typename scalar>
+inline EntropyDerivatives<double> mean_derivatives(const Matrix& logits, int64_t rows,
+                                                   int64_t classes, const acc_t<scalar>* max,
+                                                   double temperature, double* parts,
+                                                   ParallelFor parallel_for) {
+  for_rows(parallel_for, rows, classes, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const auto d =
+          row_derivatives(row_of<scalar>(logits, r), classes, max[r], temperature);
+      parts[3 * r] = d.entropy;
+      parts[3 * r + 1] = d.variance;
+      parts[3 * r + 2] = d.third_moment;
+    }
+  });
+  EntropyDerivatives<double> mean{};
+  for (int64_t r = 0; r < rows; ++r) {
+    mean.entropy += parts[3 * r];
+    mean.variance += parts[3 * r + 1];
+    mean.third_moment += parts[3 * r + 2];
+  }
+  const double n = static_cast<double>(rows);
+  return {mean.entropy / n, mean.variance / n, mean.third_moment / n};
+}
+
+// Runs a search to its end; evaluate(temperature) gives the entropy's derivatives there.
+template <typename F>
+inline void run(TemperatureSearch<double>& search, F evaluate) {
+  while (!search.done) search.update(evaluate(search.temperature));
+}
+
+BMTARD_NAMESPACE_END

@@ -1,0 +1,338 @@
+// SIMD vectors of float and double for the mathematics in core/, on the vector extensions of
+// GCC and Clang. Only what those cannot express well (fp16, masked loads) uses intrinsics.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../core/common.h"
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+BMTARD_NAMESPACE_BEGIN
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+
+typedef float FloatNative __attribute__((vector_size(kVecBytes)));
+typedef double DoubleNative __attribute__((vector_size(kVecBytes)));
+typedef int32_t FloatBits __attribute__((vector_size(kVecBytes)));
+typedef int64_t DoubleBits __attribute__((vector_size(kVecBytes)));
+
+template <typename real>
+struct VecTypes {
+  using native = FloatNative;
+  using native_int = FloatBits;
+};
+template <>
+struct VecTypes<double> {
+  using native = DoubleNative;
+  using native_int = DoubleBits;
+};
+
+template <typename real>
+struct Vec {
+  static constexpr int size = kVecBytes / static_cast<int>(sizeof(real));
+  using native = typename VecTypes<real>::native;
+  using native_int = typename VecTypes<real>::native_int;
+  struct Mask {
+    native_int bits;
+  };
+
+  native v;
+
+  Vec() = default;
+  Vec(native x) : v(x) {}
+  Vec(real x) {
+    for (int i = 0; i < size; ++i) v[i] = x;
+  }
+
+  friend Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+  friend Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+  friend Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+  friend Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+  friend Vec operator-(Vec a) { return -a.v; }
+  friend Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
+  friend Mask operator>(Vec a, Vec b) { return {a.v > b.v}; }
+  friend Mask operator==(Vec a, Vec b) { return {a.v == b.v}; }
+  friend Vec select(Mask m, Vec a, Vec b) { return m.bits ? a.v : b.v; }
+
+  // Bits, for exp and log.
+  native_int as_int() const {
+    native_int i;
+    std::memcpy(&i, &v, sizeof(i));
+    return i;
+  }
+  static Vec from_bits(native_int i) {
+    Vec r;
+    std::memcpy(&r.v, &i, sizeof(i));
+    return r;
+  }
+};
+
+template <typename real>
+inline real reduce_add(Vec<real> x) {
+  real part[Vec<real>::size];
+  std::memcpy(part, &x.v, sizeof(part));
+  for (int width = Vec<real>::size / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+  }
+  return part[0];
+}
+
+// The maximum; a NaN is lost.
+template <typename real>
+inline real reduce_max(Vec<real> x) {
+  real part[Vec<real>::size];
+  std::memcpy(part, &x.v, sizeof(part));
+  for (int width = Vec<real>::size / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) part[i] = part[i] > part[i + width] ? part[i] : part[i + width];
+  }
+  return part[0];
+}
+
+#if defined(__AVX512F__)
+inline float reduce_add(Vec<float> x) { return _mm512_reduce_add_ps((__m512)x.v); }
+inline float reduce_max(Vec<float> x) { return _mm512_reduce_max_ps((__m512)x.v); }
+#elif defined(__AVX2__)
+inline float reduce_add(Vec<float> x) {
+  const __m256 y = (__m256)x.v;
+  __m128 h = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+}
+inline float reduce_max(Vec<float> x) {
+  const __m256 y = (__m256)x.v;
+  __m128 h = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+  h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
+}
+#endif
+
+// exp(x) to 1 ulp; 0 below -87.3 (no subnormal results), inf above 88.7.
+// x = n log 2 + r, |r| <= log(2)/2; exp(r) by a minimax polynomial (error 3e-9 relative).
+inline Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  const V shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const V t = x * V(1.4426950408889634f) + shift;
+  const V n = t - shift;
+  V r = x - n * V(0.693145751953125f);
+  r = r - n * V(1.42860677e-6f);
+  V p = V(1.381446705932651e-3f);
+  p = p * r + V(8.368780411180533e-3f);
+  p = p * r + V(4.166839421089387e-2f);
+  p = p * r + V(1.666652010781959e-1f);
+  p = p * r + V(4.999999341250156e-1f);
+  p = p * (r * r) + r + V(1.0f);
+  // 2^n: the low bits of t are n, shifted into the exponent; the rest falls off.
+  const V scale = V::from_bits((t.as_int() << 23) + 0x3f800000);
+  V result = p * scale;
+  result = select(x < V(-87.33f), V(0.0f), result);
+  return select(x > V(88.72f), V(std::numeric_limits<float>::infinity()), result);
+}
+
+// log(x) for normal x > 0, to 2 ulp; -inf for 0, NaN below and for NaN.
+// x = 2^e m, m in [sqrt(1/2), sqrt(2)); log(1 + f) = f - f^2/2 + f^3 P(f) (error 4e-8 relative).
+inline Vec<float> log(Vec<float> x) {
+  using V = Vec<float>;
+  using I = V::native_int;
+  const I bits = x.as_int() - 0x3f3504f3;  // the bits of sqrt(1/2)
+  const I exponent = bits >> 23;
+  const V f = V::from_bits((bits & 0x007fffff) + 0x3f3504f3) - V(1.0f);
+  const V e = __builtin_convertvector(exponent, V::native);
+  V p = V(0.08262136543362678f);
+  p = p * f + V(-0.14146497277759987f);
+  p = p * f + V(0.15002524455780322f);
+  p = p * f + V(-0.16594789594599188f);
+  p = p * f + V(0.19957139848436325f);
+  p = p * f + V(-0.25000770104026676f);
+  p = p * f + V(0.33334039622738676f);
+  const V ff = f * f;
+  V result = e * V(1.42860677e-6f) + (f * ff * p - V(0.5f) * ff) + f;
+  result = result + e * V(0.693145751953125f);
+  const float inf = std::numeric_limits<float>::infinity();
+  result = select(x == V(inf), x, result);
+  result = select(x == V(0.0f), V(-inf), result);
+  return select(x < V(0.0f), V(std::numeric_limits<float>::quiet_NaN()),
+                select(x == x, result, x));
+}
+
+// float64 serves as the exact path (gradient checks); libm, lane by lane.
+inline Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < Vec<double>::size; ++i) x.v[i] = ::exp(x.v[i]);
+  return x;
+}
+inline Vec<double> log(Vec<double> x) {
+  for (int i = 0; i < Vec<double>::size; ++i) x.v[i] = ::log(x.v[i]);
+  return x;
+}
+
+// --- Element types in memory -----------------------------------------------------------------
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// Statistics of half types are float.
+template <typename scalar>
+struct AccumulationOf {
+  using type = float;
+};
+template <>
+struct AccumulationOf<double> {
+  using type = double;
+};
+template <typename scalar>
+using acc_t = typename AccumulationOf<scalar>::type;
+
+inline Vec<float> load(const float* p) {
+  Vec<float> x;
+  std::memcpy(&x.v, p, sizeof(x.v));
+  return x;
+}
+inline Vec<double> load(const double* p) {
+  Vec<double> x;
+  std::memcpy(&x.v, p, sizeof(x.v));
+  return x;
+}
+inline void store(float* p, Vec<float> x) { std::memcpy(p, &x.v, sizeof(x.v)); }
+inline void store(double* p, Vec<double> x) { std::memcpy(p, &x.v, sizeof(x.v)); }
+
+typedef uint16_t HalfBits __attribute__((vector_size(kVecBytes / 2)));
+typedef uint32_t WordBits __attribute__((vector_size(kVecBytes)));
+
+inline Vec<float> load(const BFloat16* p) {
+  HalfBits h;
+  std::memcpy(&h, p, sizeof(h));
+  const WordBits w = __builtin_convertvector(h, WordBits) << 16;
+  Vec<float> x;
+  std::memcpy(&x.v, &w, sizeof(w));
+  return x;
+}
+inline void store(BFloat16* p, Vec<float> x) {
+  WordBits w;
+  std::memcpy(&w, &x.v, sizeof(w));
+  // To nearest, ties to even; a NaN keeps its upper half and stays quiet.
+  const WordBits rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+  const WordBits quiet = (w >> 16) | 0x40;
+  WordBits is_nan;
+  const auto unordered = x.v != x.v;
+  std::memcpy(&is_nan, &unordered, sizeof(is_nan));
+  const HalfBits h = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), HalfBits);
+  std::memcpy(p, &h, sizeof(h));
+}
+
+#if defined(__AVX512F__)
+inline Vec<float> load(const Float16* p) {
+  return (Vec<float>::native)_mm512_cvtph_ps(
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store(Float16* p, Vec<float> x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)x.v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__AVX2__)
+inline Vec<float> load(const Float16* p) {
+  return (Vec<float>::native)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store(Float16* p, Vec<float> x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+inline float to_float(Float16 h) {
+  const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000) << 16;
+  const uint32_t magnitude = h.bits & 0x7fff;
+  uint32_t bits;
+  if (magnitude >= 0x7c00) {  // infinity, NaN
+    bits = sign | 0x7f800000 | (magnitude & 0x3ff) << 13;
+  } else if (magnitude >= 0x400) {
+    bits = sign | ((magnitude << 13) + 0x38000000);
+  } else {  // subnormal: exact in float
+    const float value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;  // 2^-24
+    std::memcpy(&bits, &value, sizeof(bits));
+    bits |= sign;
+  }
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+inline Float16 to_float16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
+  if (bits >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // rounds to infinity
+  if (bits < 0x38800000) {  // subnormal: adding 0.5 leaves the rounded 2^-24 multiple in the low bits
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof(bits));
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, sizeof(bits));
+    return {static_cast<uint16_t>(sign | (bits - 0x3f000000))};
+  }
+  bits += 0xfff + (bits >> 13 & 1);
+  return {static_cast<uint16_t>(sign | ((bits - 0x38000000) >> 13))};
+}
+inline Vec<float> load(const Float16* p) {
+  Vec<float> x;
+  for (int i = 0; i < Vec<float>::size; ++i) x.v[i] = to_float(p[i]);
+  return x;
+}
+inline void store(Float16* p, Vec<float> x) {
+  for (int i = 0; i < Vec<float>::size; ++i) p[i] = to_float16(x.v[i]);
+}
+#endif
+
+// The first n < size elements; the other lanes are `fill`.
+template <typename scalar>
+inline Vec<acc_t<scalar>> load_partial(const scalar* p, int n, acc_t<scalar> fill) {
+  using V = Vec<acc_t<scalar>>;
+  scalar buffer[V::size] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(scalar));
+  V x = load(buffer);
+  for (int i = 0; i < V::size; ++i) x.v[i] = i < n ? x.v[i] : fill;
+  return x;
+}
+template <typename scalar>
+inline void store_partial(scalar* p, int n, Vec<acc_t<scalar>> x) {
+  scalar buffer[Vec<acc_t<scalar>>::size];
+  store(buffer, x);
+  std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(scalar));
+}
+
+#if defined(__AVX512F__)
+inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline Vec<float> load_partial(const float* p, int n, float fill) {
+  return (Vec<float>::native)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes(n), p);
+}
+inline void store_partial(float* p, int n, Vec<float> x) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)x.v);
+}
+inline Vec<float> load_partial(const BFloat16* p, int n, float fill) {
+  const __m512i w = _mm512_slli_epi32(
+      _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p)), 16);
+  return (Vec<float>::native)_mm512_mask_mov_ps(_mm512_set1_ps(fill), first_lanes(n),
+                                                _mm512_castsi512_ps(w));
+}
+inline Vec<float> load_partial(const Float16* p, int n, float fill) {
+  return (Vec<float>::native)_mm512_mask_cvtph_ps(
+      _mm512_set1_ps(fill), first_lanes(n), _mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+inline void store_partial(Float16* p, int n, Vec<float> x) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n),
+                           _mm512_cvtps_ph((__m512)x.v, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
+BMTARD_NAMESPACE_END
