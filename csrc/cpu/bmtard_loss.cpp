@@ -111,28 +111,60 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
                          : static_cast<real*>(args.grad_student[k]);
     return base + r * classes;
   };
-  for_rows(parallel_for, teachers * rows, 4 * classes, [&](int64_t begin, int64_t end) {
+  // The published entropies, of mode "sign", have eps inside the logarithm too.
+  const bool published = args.mode == BalanceMode::kSign;
+  const auto rows_of_teacher = [&](int32_t k, int64_t begin, int64_t end) {
+    const real scale = static_cast<real>(inverse_temperature(temperatures[k]));
     const RowScratch<real> scratch(classes);
     const int64_t padded = (classes + V::size - 1) / V::size * V::size;
-    real norms[2];
-    for (int64_t i = begin; i < end; ++i) {
-      const int32_t k = static_cast<int32_t>(i / rows);
-      const int64_t r = i % rows;
-      const auto found = teacher_kl(
-          row_of<scalar>(args.student[k], r), row_of<scalar>(args.teacher[k], r), classes,
-          student_scale, static_cast<real>(inverse_temperature(temperatures[k])),
-          static_cast<real>(args.eps), scratch.data(), norms);
-      work.kl[i] = static_cast<double>(found.kl);
-      // The published entropies, of mode "sign", have eps inside the logarithm too.
-      work.entropy[i] = static_cast<double>(
-          args.mode == BalanceMode::kSign ? found.entropy_eps : found.entropy);
+    for (int64_t r = begin; r < end; ++r) {
+      const auto found = teacher_kl(row_of<scalar>(args.student[k], r),
+                                    row_of<scalar>(args.teacher[k], r), classes, student_scale,
+                                    scale, static_cast<real>(args.eps), scratch.data());
+      work.kl[k * rows + r] = found.kl;
+      work.entropy[k * rows + r] = published ? found.entropy_eps : found.entropy;
       if (!args.grad_student[k]) continue;
-      real* out = difference_of(k, r);
-      const V q_scale = norms[0] * gradient_scale, p_scale = norms[1] * gradient_scale;
+      const V q_scale = found.student_norm * gradient_scale;
+      const V p_scale = found.teacher_norm * gradient_scale;
       for (int64_t j = 0; j < classes; j += V::size) {
-        store_at(out, j, classes,
+        store_at(difference_of(k, r), j, classes,
                  load(scratch.data() + j) * q_scale - load(scratch.data() + padded + j) * p_scale);
       }
+    }
+  };
+  const auto columns_of_teacher = [&](int32_t k, int64_t begin, int64_t end) {
+    const real scale = static_cast<real>(inverse_temperature(temperatures[k]));
+    real student[kMaxColumns * V::size], teacher[kMaxColumns * V::size];
+    for_groups<real>(begin, end, [&](int64_t r, int n) {
+      load_columns<scalar>(args.student[k], r, n, classes, student);
+      load_columns<scalar>(args.teacher[k], r, n, classes, teacher);
+      const auto found =
+          teacher_kl_columns<real>(student, teacher, classes, student_scale, scale,
+                                   static_cast<real>(args.eps), args.eps != 0);
+      const V entropy = published ? found.entropy_eps : found.entropy;
+      for (int i = 0; i < n; ++i) {
+        work.kl[k * rows + r + i] = found.kl.v[i];
+        work.entropy[k * rows + r + i] = entropy.v[i];
+      }
+      if (!args.grad_student[k]) return;
+      const V q_scale = found.student_norm * V(gradient_scale);
+      const V p_scale = found.teacher_norm * V(gradient_scale);
+      for (int64_t j = 0; j < classes * V::size; j += V::size) {
+        store(student + j, load(student + j) * q_scale - load(teacher + j) * p_scale);
+      }
+      store_columns(difference_of(k, r), n, classes, student);
+    });
+  };
+  for_rows(parallel_for, teachers * rows, 4 * classes, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end;) {  // one piece for each teacher
+      const int32_t k = static_cast<int32_t>(i / rows);
+      const int64_t stop = end < (k + 1) * rows ? end : (k + 1) * rows;
+      if (classes <= kMaxColumns) {
+        columns_of_teacher(k, i - k * rows, stop - k * rows);
+      } else {
+        rows_of_teacher(k, i - k * rows, stop - k * rows);
+      }
+      i = stop;
     }
   });
 

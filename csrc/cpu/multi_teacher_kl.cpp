@@ -11,29 +11,50 @@ real teacher_scale(const Args& args, int32_t k) {
   return static_cast<real>(inverse_temperature(temperature));
 }
 
+// Where the results of rows [r, r + n) of teacher k go; T is real, or a vector of n lanes.
+template <typename real, typename T>
+void write(const MultiTeacherKLArgs& args, int32_t k, int64_t r, int n, const TeacherKL<T>& found) {
+  const int64_t plane = args.teachers * args.rows, at = k * args.rows + r;
+  store_lanes(static_cast<real*>(args.kl) + at, n, found.kl);
+  if (real* statistics = static_cast<real*>(args.statistics)) {
+    store_lanes(statistics + at, n, found.student_max);
+    store_lanes(statistics + plane + at, n, found.student_log_sum);
+    store_lanes(statistics + 2 * plane + at, n, found.teacher_max);
+    store_lanes(statistics + 3 * plane + at, n, found.teacher_log_sum);
+    store_lanes(statistics + 4 * plane + at, n, found.center);
+  }
+}
+
 template <typename scalar>
 void forward_rows(const MultiTeacherKLArgs& args, int64_t begin, int64_t end) {
   using real = acc_t<scalar>;
   const RowScratch<real> scratch(args.classes);
-  real norms[2];
-  const int64_t plane = args.teachers * args.rows;
-  real* statistics = static_cast<real*>(args.statistics);
   for (int32_t k = 0; k < args.teachers; ++k) {
     for (int64_t r = begin; r < end; ++r) {
       const auto found = teacher_kl(
           row_of<scalar>(args.student[k], r), row_of<scalar>(args.teacher[k], r), args.classes,
           static_cast<real>(1.0 / args.student_temperature), teacher_scale<real>(args, k),
-          static_cast<real>(args.eps), scratch.data(), norms);
-      const int64_t at = k * args.rows + r;
-      static_cast<real*>(args.kl)[at] = found.kl;
-      if (statistics) {
-        statistics[at] = found.student_max;
-        statistics[plane + at] = found.student_log_sum;
-        statistics[2 * plane + at] = found.teacher_max;
-        statistics[3 * plane + at] = found.teacher_log_sum;
-        statistics[4 * plane + at] = found.center;
-      }
+          static_cast<real>(args.eps), scratch.data());
+      write<real>(args, k, r, 1, found);
     }
+  }
+}
+
+template <typename scalar>
+void forward_columns(const MultiTeacherKLArgs& args, int64_t begin, int64_t end) {
+  using real = acc_t<scalar>;
+  using V = Vec<real>;
+  real student[kMaxColumns * V::size], teacher[kMaxColumns * V::size];
+  for (int32_t k = 0; k < args.teachers; ++k) {
+    for_groups<real>(begin, end, [&](int64_t r, int n) {
+      load_columns<scalar>(args.student[k], r, n, args.classes, student);
+      load_columns<scalar>(args.teacher[k], r, n, args.classes, teacher);
+      write<real>(args, k, r, n,
+                  teacher_kl_columns<real>(
+                      student, teacher, args.classes,
+                      static_cast<real>(1.0 / args.student_temperature),
+                      teacher_scale<real>(args, k), static_cast<real>(args.eps), args.eps != 0));
+    });
   }
 }
 
@@ -134,7 +155,10 @@ void multi_teacher_kl(const MultiTeacherKLArgs& args, ParallelFor parallel_for) 
   with_type(args.dtype, [&](auto type) {
     using scalar = typename decltype(type)::type;
     for_rows(parallel_for, args.rows, 2 * args.teachers * args.classes,
-             [&](int64_t begin, int64_t end) { forward_rows<scalar>(args, begin, end); });
+             [&](int64_t begin, int64_t end) {
+               args.classes <= kMaxColumns ? forward_columns<scalar>(args, begin, end)
+                                           : forward_rows<scalar>(args, begin, end);
+             });
   });
 }
 

@@ -144,4 +144,88 @@ inline Sums<double> row_sums(const scalar* row, int64_t count, acc_t<scalar> max
   return total;
 }
 
+// --- Few classes: as many rows at once as a vector has lanes ----------------------------------
+
+// Up to here the columns of `size` rows stay in L1 and save every horizontal sum.
+constexpr int64_t kMaxColumns = 32;
+
+// Columns of up to Vec::size rows: value j of row i at [j * size + i]. Missing rows are 0.
+template <typename scalar>
+inline void load_columns(const Matrix& matrix, int64_t row, int n, int64_t classes,
+                         acc_t<scalar>* columns) {
+  using real = acc_t<scalar>;
+  constexpr int size = Vec<real>::size;
+  real line[kMaxColumns + size];
+  for (int i = 0; i < n; ++i) {
+    for_row(row_of<scalar>(matrix, row + i), classes, real(0),
+            [&](Vec<real> x, int64_t j) { store(line + j, x); });
+    for (int64_t j = 0; j < classes; ++j) columns[j * size + i] = line[j];
+  }
+  for (int64_t j = 0; j < classes; ++j) {
+    for (int i = n; i < size; ++i) columns[j * size + i] = real(0);
+  }
+}
+
+// The way back, into n contiguous rows.
+template <typename scalar>
+inline void store_columns(scalar* rows, int n, int64_t classes, const acc_t<scalar>* columns) {
+  using real = acc_t<scalar>;
+  constexpr int size = Vec<real>::size;
+  real line[kMaxColumns + size];
+  for (int i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < classes; ++j) line[j] = columns[j * size + i];
+    for (int64_t j = 0; j < classes; j += size) store_at(rows + i * classes, j, classes, load(line + j));
+  }
+}
+
+// The first n lanes.
+template <typename real>
+inline void store_lanes(real* out, int n, Vec<real> x) {
+  if (n == Vec<real>::size) {
+    store(out, x);
+  } else {
+    store_partial(out, n, x);
+  }
+}
+
+template <typename real>
+inline void store_lanes(real* out, int, real x) {
+  *out = x;
+}
+
+// row_max() of each lane's row.
+template <typename real>
+inline Vec<real> column_max(const real* columns, int64_t classes) {
+  using V = Vec<real>;
+  V max = kNegativeInfinity<real>;
+  for (int64_t j = 0; j < classes; ++j) {
+    const V x = load(columns + j * V::size);
+    max = select(x > max, x, max);
+  }
+  return select(max > V(kNegativeInfinity<real>), max, V(real(0)));
+}
+
+// row_sums() of each lane's row.
+template <template <typename> class Sums, typename real>
+inline Sums<Vec<real>> column_sums(const real* columns, int64_t classes, Vec<real> max,
+                                   Vec<real> scale) {
+  using V = Vec<real>;
+  Sums<V> sums;
+  V* values = reinterpret_cast<V*>(&sums);
+  for (size_t i = 0; i < sizeof(Sums<V>) / sizeof(V); ++i) values[i] = V(real(0));
+  for (int64_t j = 0; j < classes; ++j) {
+    accumulate(sums, (load(columns + j * V::size) - max) * scale);
+  }
+  return sums;
+}
+
+// f(first row, number of rows) for groups of at most Vec::size rows.
+template <typename real, typename F>
+inline void for_groups(int64_t begin, int64_t end, F f) {
+  constexpr int size = Vec<real>::size;
+  for (int64_t r = begin; r < end; r += size) {
+    f(r, end - r < size ? static_cast<int>(end - r) : size);
+  }
+}
+
 BMTARD_NAMESPACE_END

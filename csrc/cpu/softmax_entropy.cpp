@@ -32,6 +32,27 @@ void forward_rows(const SoftmaxEntropyArgs& args, int64_t begin, int64_t end) {
 }
 
 template <typename scalar>
+void forward_columns(const SoftmaxEntropyArgs& args, int64_t begin, int64_t end) {
+  using real = acc_t<scalar>;
+  using V = Vec<real>;
+  real* entropy = static_cast<real*>(args.entropy);
+  real* statistics = static_cast<real*>(args.statistics);
+  real columns[kMaxColumns * V::size];
+  for_groups<real>(begin, end, [&](int64_t r, int n) {
+    load_columns<scalar>(args.logits, r, n, args.classes, columns);
+    V scale = real(1);
+    for (int i = 0; i < n; ++i) scale.v[i] = inverse_temperature(temperature_of<real>(args, r + i));
+    const V max = column_max(columns, args.classes);
+    const auto sums = column_sums<EntropySums>(columns, args.classes, max, scale);
+    store_lanes(entropy + r, n, entropy_of(sums));
+    if (statistics) {
+      store_lanes(statistics + r, n, max);
+      store_lanes(statistics + args.rows + r, n, log(sums.s0));
+    }
+  });
+}
+
+template <typename scalar>
 void backward_rows(const SoftmaxEntropyBackwardArgs& args, int64_t begin, int64_t end) {
   using real = acc_t<scalar>;
   using V = Vec<real>;
@@ -66,7 +87,8 @@ void softmax_entropy(const SoftmaxEntropyArgs& args, ParallelFor parallel_for) {
   with_type(args.dtype, [&](auto type) {
     using scalar = typename decltype(type)::type;
     for_rows(parallel_for, args.rows, args.classes, [&](int64_t begin, int64_t end) {
-      forward_rows<scalar>(args, begin, end);
+      args.classes <= kMaxColumns ? forward_columns<scalar>(args, begin, end)
+                                  : forward_rows<scalar>(args, begin, end);
     });
   });
 }

@@ -7,20 +7,33 @@
 
 BMTARD_NAMESPACE_BEGIN
 
-template <typename real>
+template <typename T>
 struct TeacherKL {
-  real kl, center;
-  real entropy, entropy_eps;  // of the teacher: -sum p log p and -sum p log(p + eps)
-  real student_max, student_log_sum, teacher_max, teacher_log_sum;
+  T kl, center;
+  T entropy, entropy_eps;  // of the teacher: -sum p log p and -sum p log(p + eps)
+  T student_max, student_log_sum, teacher_max, teacher_log_sum;
+  T student_norm, teacher_norm;  // 1 / sum of the exponentials
 };
 
-// `exps` has room for 2 C values: exp of the shifted student's and teacher's logits, which the
-// caller may turn into probabilities with the log-sums' exponentials (returned in `norms`).
+// The part of a class with eps > 0, where the logarithm is worth sharing.
+template <typename T>
+struct EpsTerms {
+  T kl, center, entropy;
+  void add(T p, T log_q, T eps) {
+    const T log_p_eps = log(p + eps);
+    kl = kl + weighted(p, log_p_eps - log_q);
+    center = center + weighted(p, log_p_eps - log_q + p / (p + eps));
+    entropy = entropy - p * log_p_eps;
+  }
+};
+
+// `exps` receives exp of the shifted student's and teacher's logits, each padded to whole
+// vectors; times the norms these are the probabilities.
 template <typename scalar>
 inline TeacherKL<acc_t<scalar>> teacher_kl(const scalar* student, const scalar* teacher,
                                            int64_t classes, acc_t<scalar> student_scale,
                                            acc_t<scalar> teacher_scale, acc_t<scalar> eps,
-                                           acc_t<scalar>* exps, acc_t<scalar> norms[2]) {
+                                           acc_t<scalar>* exps) {
   using real = acc_t<scalar>;
   using V = Vec<real>;
   const V zero = real(0);
@@ -52,8 +65,8 @@ inline TeacherKL<acc_t<scalar>> teacher_kl(const scalar* student, const scalar* 
     self += static_cast<double>(reduce_add(pu));
   }
   const double student_log_sum = ::log(q_sum), teacher_log_sum = ::log(p_sum);
-  norms[0] = static_cast<real>(1.0 / q_sum);
-  norms[1] = static_cast<real>(1.0 / p_sum);
+  const real student_norm = static_cast<real>(1.0 / q_sum);
+  const real teacher_norm = static_cast<real>(1.0 / p_sum);
 
   const double entropy = teacher_log_sum - self / p_sum;
   double kl, center, entropy_eps;
@@ -64,19 +77,14 @@ inline TeacherKL<acc_t<scalar>> teacher_kl(const scalar* student, const scalar* 
     kl = center = entropy_eps = 0;
     for (int64_t start = 0; start < classes; start += kBlock) {
       const int64_t length = classes - start < kBlock ? classes - start : kBlock;
-      V k = zero, c = zero, h = zero;
-      for_rows_pair(student + start, teacher + start, length, kNegativeInfinity<real>,
-                    [&](V s, V t, int64_t j) {
-                      const V p = load(teacher_exps + start + j) * V(norms[1]);
-                      const V log_p = teacher_u(t) - V(static_cast<real>(teacher_log_sum));
-                      const V log_q = student_u(s) - V(static_cast<real>(student_log_sum));
-                      k = k + kl_term(p, log_p, log_q, V(eps), true);
-                      c = c + weighted(p, kl_by_probability(p, log_p, log_q, V(eps), true));
-                      h = h - p * log(p + V(eps));
-                    });
-      kl += static_cast<double>(reduce_add(k));
-      center += static_cast<double>(reduce_add(c));
-      entropy_eps += static_cast<double>(reduce_add(h));
+      EpsTerms<V> terms{zero, zero, zero};
+      for_row(student + start, length, kNegativeInfinity<real>, [&](V s, int64_t j) {
+        terms.add(load(teacher_exps + start + j) * V(teacher_norm),
+                  student_u(s) - V(static_cast<real>(student_log_sum)), V(eps));
+      });
+      kl += static_cast<double>(reduce_add(terms.kl));
+      center += static_cast<double>(reduce_add(terms.center));
+      entropy_eps += static_cast<double>(reduce_add(terms.entropy));
     }
   }
   return {static_cast<real>(kl),
@@ -86,7 +94,47 @@ inline TeacherKL<acc_t<scalar>> teacher_kl(const scalar* student, const scalar* 
           student_max,
           static_cast<real>(student_log_sum),
           teacher_max,
-          static_cast<real>(teacher_log_sum)};
+          static_cast<real>(teacher_log_sum),
+          student_norm,
+          teacher_norm};
+}
+
+// The same of n <= Vec::size rows of few classes at once. The columns hold the logits on the way
+// in and their exponentials on the way out.
+template <typename real>
+inline TeacherKL<Vec<real>> teacher_kl_columns(real* student, real* teacher, int64_t classes,
+                                               Vec<real> student_scale, Vec<real> teacher_scale,
+                                               Vec<real> eps, bool has_eps) {
+  using V = Vec<real>;
+  const V zero = real(0);
+  const V student_max = column_max(student, classes), teacher_max = column_max(teacher, classes);
+  V q_sum = zero, p_sum = zero, cross = zero, self = zero;
+  V scaled[kMaxColumns];  // the student's shifted logits
+  for (int64_t j = 0; j < classes; ++j) {
+    const V v = (load(student + j * V::size) - student_max) * student_scale;
+    const V u = (load(teacher + j * V::size) - teacher_max) * teacher_scale;
+    const V ev = exp(v), eu = exp(u);
+    store(student + j * V::size, ev);
+    store(teacher + j * V::size, eu);
+    scaled[j] = v;
+    q_sum = q_sum + ev;
+    p_sum = p_sum + eu;
+    cross = cross + weighted(eu, u - v);
+    self = self + eu * floor_exponent(u);
+  }
+  const V student_log_sum = log(q_sum), teacher_log_sum = log(p_sum);
+  const V student_norm = V(real(1)) / q_sum, teacher_norm = V(real(1)) / p_sum;
+  const V entropy = teacher_log_sum - self * teacher_norm;
+  const V kl = cross * teacher_norm - teacher_log_sum + student_log_sum;
+  EpsTerms<V> terms{kl, kl, entropy};
+  if (has_eps) {
+    terms = {zero, zero, zero};
+    for (int64_t j = 0; j < classes; ++j) {
+      terms.add(load(teacher + j * V::size) * teacher_norm, scaled[j] - student_log_sum, eps);
+    }
+  }
+  return {terms.kl,    terms.center,    entropy,      terms.entropy, student_max,
+          student_log_sum, teacher_max, teacher_log_sum, student_norm, teacher_norm};
 }
 
 // Room for the exponentials of one student and one teacher row. Freed on the way out; kept out

@@ -51,13 +51,30 @@ inline EntropyDerivatives<double> mean_derivatives(const Matrix& logits, int64_t
                                                    int64_t classes, const acc_t<scalar>* max,
                                                    double temperature, double* parts,
                                                    ParallelFor parallel_for) {
+  using real = acc_t<scalar>;
+  using V = Vec<real>;
+  const auto write = [&](int64_t r, double entropy, double variance, double third_moment) {
+    parts[3 * r] = entropy;
+    parts[3 * r + 1] = variance;
+    parts[3 * r + 2] = third_moment;
+  };
   for_rows(parallel_for, rows, classes, [&](int64_t begin, int64_t end) {
+    if (classes <= kMaxColumns) {
+      real columns[kMaxColumns * V::size];
+      const V scale = static_cast<real>(1.0 / temperature);
+      for_groups<real>(begin, end, [&](int64_t r, int n) {
+        load_columns<scalar>(logits, r, n, classes, columns);
+        const auto d = derivatives_of(column_sums<EntropyMoments>(
+            columns, classes, column_max(columns, classes), scale));
+        for (int i = 0; i < n; ++i) {
+          write(r + i, d.entropy.v[i], d.variance.v[i], d.third_moment.v[i]);
+        }
+      });
+      return;
+    }
     for (int64_t r = begin; r < end; ++r) {
-      const auto d =
-          row_derivatives(row_of<scalar>(logits, r), classes, max[r], temperature);
-      parts[3 * r] = d.entropy;
-      parts[3 * r + 1] = d.variance;
-      parts[3 * r + 2] = d.third_moment;
+      const auto d = row_derivatives(row_of<scalar>(logits, r), classes, max[r], temperature);
+      write(r, d.entropy, d.variance, d.third_moment);
     }
   });
   EntropyDerivatives<double> mean{};

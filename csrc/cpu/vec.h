@@ -138,7 +138,7 @@ inline Vec<float> exp(Vec<float> x) {
   return select(x > V(88.72f), V(std::numeric_limits<float>::infinity()), result);
 }
 
-// log(x) for normal x > 0, to 2 ulp; -inf for 0, NaN below and for NaN.
+// log(x) to 2 ulp for normal x > 0 (probabilities with eps, sums of exponentials); NaN for NaN.
 // x = 2^e m, m in [sqrt(1/2), sqrt(2)); log(1 + f) = f - f^2/2 + f^3 P(f) (error 4e-8 relative).
 inline Vec<float> log(Vec<float> x) {
   using V = Vec<float>;
@@ -155,13 +155,8 @@ inline Vec<float> log(Vec<float> x) {
   p = p * f + V(-0.25000770104026676f);
   p = p * f + V(0.33334039622738676f);
   const V ff = f * f;
-  V result = e * V(1.42860677e-6f) + (f * ff * p - V(0.5f) * ff) + f;
-  result = result + e * V(0.693145751953125f);
-  const float inf = std::numeric_limits<float>::infinity();
-  result = select(x == V(inf), x, result);
-  result = select(x == V(0.0f), V(-inf), result);
-  return select(x < V(0.0f), V(std::numeric_limits<float>::quiet_NaN()),
-                select(x == x, result, x));
+  const V tail = e * V(1.42860677e-6f) + (f * ff * p - V(0.5f) * ff) + f;
+  return select(x == x, tail + e * V(0.693145751953125f), x);
 }
 
 // float64 serves as the exact path (gradient checks); libm, lane by lane.
