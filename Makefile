@@ -45,7 +45,7 @@ clean:  ## remove what was built; the environment stays
 	rm -rf build dist bmtard/_C*.so *.egg-info $(VENV)/installed
 
 $(VENV)/torch:
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "make: python3 needs its venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "make: $(PYTHON) cannot create a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(BIN)/pip install $(TORCH) "setuptools>=77" "cmake>=3.24" ninja "pybind11>=2.13" && touch $@
 
 $(VENV)/installed: $(VENV)/torch pyproject.toml $(SOURCES)
