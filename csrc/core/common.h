@@ -9,6 +9,9 @@
 
 #if defined(__CUDACC__)
 #define BMTARD_HD __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+// A vector that crosses a call goes through memory.
+#define BMTARD_HD inline __attribute__((always_inline))
 #else
 #define BMTARD_HD inline
 #endif

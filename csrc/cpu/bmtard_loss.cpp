@@ -120,7 +120,7 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
     for (int64_t r = begin; r < end; ++r) {
       const auto found = teacher_kl(row_of<scalar>(args.student[k], r),
                                     row_of<scalar>(args.teacher[k], r), classes, student_scale,
-                                    scale, static_cast<real>(args.eps), scratch.data());
+                                    scale, static_cast<real>(args.eps), false, scratch.data());
       work.kl[k * rows + r] = found.kl;
       work.entropy[k * rows + r] = published ? found.entropy_eps : found.entropy;
       if (!args.grad_student[k]) continue;
@@ -140,7 +140,7 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
       load_columns<scalar>(args.teacher[k], r, n, classes, teacher);
       const auto found =
           teacher_kl_columns<real>(student, teacher, classes, student_scale, scale,
-                                   static_cast<real>(args.eps), args.eps != 0);
+                                   static_cast<real>(args.eps), args.eps != 0, false);
       const V entropy = published ? found.entropy_eps : found.entropy;
       for (int i = 0; i < n; ++i) {
         work.kl[k * rows + r + i] = found.kl.v[i];

@@ -34,7 +34,7 @@ void forward_rows(const MultiTeacherKLArgs& args, int64_t begin, int64_t end) {
       const auto found = teacher_kl(
           row_of<scalar>(args.student[k], r), row_of<scalar>(args.teacher[k], r), args.classes,
           static_cast<real>(1.0 / args.student_temperature), teacher_scale<real>(args, k),
-          static_cast<real>(args.eps), scratch.data());
+          static_cast<real>(args.eps), args.statistics != nullptr, scratch.data());
       write<real>(args, k, r, 1, found);
     }
   }
@@ -53,7 +53,8 @@ void forward_columns(const MultiTeacherKLArgs& args, int64_t begin, int64_t end)
                   teacher_kl_columns<real>(
                       student, teacher, args.classes,
                       static_cast<real>(1.0 / args.student_temperature),
-                      teacher_scale<real>(args, k), static_cast<real>(args.eps), args.eps != 0));
+                      teacher_scale<real>(args, k), static_cast<real>(args.eps), args.eps != 0,
+                      args.statistics != nullptr));
     });
   }
 }
@@ -99,11 +100,8 @@ void backward_rows(const MultiTeacherKLBackwardArgs& args, int64_t begin, int64_
     }
     const auto out = [&](void* grad) { return static_cast<scalar*>(grad) + r * args.classes; };
     for (int64_t j = 0; j < args.classes; j += V::size) {
-      const int64_t left = args.classes - j;
       const auto at = [&](const scalar* row) {
-        return left >= V::size
-                   ? load(row + j)
-                   : load_partial(row + j, static_cast<int>(left), kNegativeInfinity<real>);
+        return load_at(row, j, args.classes, kNegativeInfinity<real>);
       };
       V student_total = real(0), teacher_total = real(0);
       for (int32_t k = 0; k < args.teachers; ++k) {

@@ -24,7 +24,7 @@ struct Type {
 
 // Calls f(Type<scalar>) for the element type.
 template <typename F>
-inline void with_type(DataType dtype, F f) {
+BMTARD_HD void with_type(DataType dtype, F f) {
   switch (dtype) {
     case DataType::kFloat64:
       return f(Type<double>{});
@@ -40,7 +40,7 @@ inline void with_type(DataType dtype, F f) {
 // f(begin, end) over the rows, on several threads when there is work for them: 16k elements
 // take about as long as waking a thread.
 template <typename F>
-inline void for_rows(ParallelFor parallel_for, int64_t rows, int64_t elements_per_row, F f) {
+BMTARD_HD void for_rows(ParallelFor parallel_for, int64_t rows, int64_t elements_per_row, F f) {
   const int64_t grain = elements_per_row > 16384 ? 1 : 16384 / (elements_per_row + 1) + 1;
   if (rows <= 0) return;
   if (rows <= grain) return f(int64_t{0}, rows);
@@ -51,41 +51,37 @@ inline void for_rows(ParallelFor parallel_for, int64_t rows, int64_t elements_pe
 }
 
 template <typename scalar>
-inline const scalar* row_of(const Matrix& matrix, int64_t row) {
+BMTARD_HD const scalar* row_of(const Matrix& matrix, int64_t row) {
   return static_cast<const scalar*>(matrix.data) + row * matrix.row_stride;
 }
 
 // 1 / temperature, NaN for one that is not > 0.
 template <typename real>
-inline real inverse_temperature(real temperature) {
+BMTARD_HD real inverse_temperature(real temperature) {
   return temperature > real(0) ? real(1) / temperature : std::numeric_limits<real>::quiet_NaN();
 }
 
-// f(vector, index of its first element) over a row; lanes past its end hold `fill`.
-template <typename scalar, typename F>
-inline void for_row(const scalar* row, int64_t count, acc_t<scalar> fill, F f) {
-  constexpr int size = Vec<acc_t<scalar>>::size;
-  int64_t j = 0;
-  for (; j + size <= count; j += size) f(load(row + j), j);
-  if (j < count) f(load_partial(row + j, static_cast<int>(count - j), fill), j);
+// The vector at index j of a row of `count` elements; lanes past its end hold `fill`.
+template <typename scalar>
+BMTARD_HD Vec<acc_t<scalar>> load_at(const scalar* row, int64_t j, int64_t count,
+                                     acc_t<scalar> fill) {
+  return j + Vec<acc_t<scalar>>::size <= count
+             ? load(row + j)
+             : load_partial(row + j, static_cast<int>(count - j), fill);
 }
 
-// The same over two rows at once.
+// f(vector, index of its first element) over a row. One call of f only: it is inlined, and what
+// it accumulates stays in registers.
 template <typename scalar, typename F>
-inline void for_rows_pair(const scalar* a, const scalar* b, int64_t count, acc_t<scalar> fill,
-                          F f) {
-  constexpr int size = Vec<acc_t<scalar>>::size;
-  int64_t j = 0;
-  for (; j + size <= count; j += size) f(load(a + j), load(b + j), j);
-  if (j < count) {
-    const int n = static_cast<int>(count - j);
-    f(load_partial(a + j, n, fill), load_partial(b + j, n, fill), j);
+BMTARD_HD void for_row(const scalar* row, int64_t count, acc_t<scalar> fill, F f) {
+  for (int64_t j = 0; j < count; j += Vec<acc_t<scalar>>::size) {
+    f(load_at(row, j, count, fill), j);
   }
 }
 
 // Writes one vector of a row of `count` elements at index j.
 template <typename scalar>
-inline void store_at(scalar* row, int64_t j, int64_t count, Vec<acc_t<scalar>> x) {
+BMTARD_HD void store_at(scalar* row, int64_t j, int64_t count, Vec<acc_t<scalar>> x) {
   constexpr int size = Vec<acc_t<scalar>>::size;
   if (j + size <= count) {
     store(row + j, x);
@@ -104,7 +100,7 @@ constexpr real kNegativeInfinity = -std::numeric_limits<real>::infinity();
 // The largest logit; NaN logits are passed over, to show in the sums that follow. A row that is
 // all -inf gives 0, so that logits minus maximum stays -inf instead of NaN.
 template <typename scalar>
-inline acc_t<scalar> row_max(const scalar* row, int64_t count) {
+BMTARD_HD acc_t<scalar> row_max(const scalar* row, int64_t count) {
   using real = acc_t<scalar>;
   using V = Vec<real>;
   constexpr int size = V::size;
@@ -125,7 +121,7 @@ inline acc_t<scalar> row_max(const scalar* row, int64_t count) {
 // The sums of a row over u = (z - max) * scale. Sums is one of core's, such as EntropySums;
 // `fields` of its values are added up.
 template <template <typename> class Sums, typename scalar>
-inline Sums<double> row_sums(const scalar* row, int64_t count, acc_t<scalar> max,
+BMTARD_HD Sums<double> row_sums(const scalar* row, int64_t count, acc_t<scalar> max,
                              acc_t<scalar> scale) {
   using real = acc_t<scalar>;
   using V = Vec<real>;
@@ -151,7 +147,7 @@ constexpr int64_t kMaxColumns = 32;
 
 // Columns of up to Vec::size rows: value j of row i at [j * size + i]. Missing rows are 0.
 template <typename scalar>
-inline void load_columns(const Matrix& matrix, int64_t row, int n, int64_t classes,
+BMTARD_HD void load_columns(const Matrix& matrix, int64_t row, int n, int64_t classes,
                          acc_t<scalar>* columns) {
   using real = acc_t<scalar>;
   constexpr int size = Vec<real>::size;
@@ -168,7 +164,7 @@ inline void load_columns(const Matrix& matrix, int64_t row, int n, int64_t class
 
 // The way back, into n contiguous rows.
 template <typename scalar>
-inline void store_columns(scalar* rows, int n, int64_t classes, const acc_t<scalar>* columns) {
+BMTARD_HD void store_columns(scalar* rows, int n, int64_t classes, const acc_t<scalar>* columns) {
   using real = acc_t<scalar>;
   constexpr int size = Vec<real>::size;
   real line[kMaxColumns + size];
@@ -180,7 +176,7 @@ inline void store_columns(scalar* rows, int n, int64_t classes, const acc_t<scal
 
 // The first n lanes.
 template <typename real>
-inline void store_lanes(real* out, int n, Vec<real> x) {
+BMTARD_HD void store_lanes(real* out, int n, Vec<real> x) {
   if (n == Vec<real>::size) {
     store(out, x);
   } else {
@@ -189,13 +185,13 @@ inline void store_lanes(real* out, int n, Vec<real> x) {
 }
 
 template <typename real>
-inline void store_lanes(real* out, int, real x) {
+BMTARD_HD void store_lanes(real* out, int, real x) {
   *out = x;
 }
 
 // row_max() of each lane's row.
 template <typename real>
-inline Vec<real> column_max(const real* columns, int64_t classes) {
+BMTARD_HD Vec<real> column_max(const real* columns, int64_t classes) {
   using V = Vec<real>;
   V max = kNegativeInfinity<real>;
   for (int64_t j = 0; j < classes; ++j) {
@@ -207,7 +203,7 @@ inline Vec<real> column_max(const real* columns, int64_t classes) {
 
 // row_sums() of each lane's row.
 template <template <typename> class Sums, typename real>
-inline Sums<Vec<real>> column_sums(const real* columns, int64_t classes, Vec<real> max,
+BMTARD_HD Sums<Vec<real>> column_sums(const real* columns, int64_t classes, Vec<real> max,
                                    Vec<real> scale) {
   using V = Vec<real>;
   Sums<V> sums;
@@ -221,7 +217,7 @@ inline Sums<Vec<real>> column_sums(const real* columns, int64_t classes, Vec<rea
 
 // f(first row, number of rows) for groups of at most Vec::size rows.
 template <typename real, typename F>
-inline void for_groups(int64_t begin, int64_t end, F f) {
+BMTARD_HD void for_groups(int64_t begin, int64_t end, F f) {
   constexpr int size = Vec<real>::size;
   for (int64_t r = begin; r < end; r += size) {
     f(r, end - r < size ? static_cast<int>(end - r) : size);

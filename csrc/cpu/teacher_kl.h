@@ -19,10 +19,11 @@ struct TeacherKL {
 template <typename T>
 struct EpsTerms {
   T kl, center, entropy;
-  void add(T p, T log_q, T eps) {
+  BMTARD_HD void add(T p, T log_q, T eps, bool wants_center) {
     const T log_p_eps = log(p + eps);
-    kl = kl + weighted(p, log_p_eps - log_q);
-    center = center + weighted(p, log_p_eps - log_q + p / (p + eps));
+    const T part = weighted(p, log_p_eps - log_q);
+    kl = kl + part;
+    if (wants_center) center = center + part + p * (p / (p + eps));
     entropy = entropy - p * log_p_eps;
   }
 };
@@ -33,7 +34,7 @@ template <typename scalar>
 inline TeacherKL<acc_t<scalar>> teacher_kl(const scalar* student, const scalar* teacher,
                                            int64_t classes, acc_t<scalar> student_scale,
                                            acc_t<scalar> teacher_scale, acc_t<scalar> eps,
-                                           acc_t<scalar>* exps) {
+                                           bool wants_center, acc_t<scalar>* exps) {
   using real = acc_t<scalar>;
   using V = Vec<real>;
   const V zero = real(0);
@@ -48,17 +49,17 @@ inline TeacherKL<acc_t<scalar>> teacher_kl(const scalar* student, const scalar* 
   for (int64_t start = 0; start < classes; start += kBlock) {
     const int64_t length = classes - start < kBlock ? classes - start : kBlock;
     V q = zero, p = zero, pd = zero, pu = zero;
-    for_rows_pair(student + start, teacher + start, length, kNegativeInfinity<real>,
-                  [&](V s, V t, int64_t j) {
-                    const V v = student_u(s), u = teacher_u(t);
-                    const V ev = exp(v), eu = exp(u);
-                    store(student_exps + start + j, ev);
-                    store(teacher_exps + start + j, eu);
-                    q = q + ev;
-                    p = p + eu;
-                    pd = pd + weighted(eu, u - v);
-                    pu = pu + eu * floor_exponent(u);
-                  });
+    for (int64_t j = 0; j < length; j += V::size) {
+      const V v = student_u(load_at(student + start, j, length, kNegativeInfinity<real>));
+      const V u = teacher_u(load_at(teacher + start, j, length, kNegativeInfinity<real>));
+      const V ev = exp(v), eu = exp(u);
+      store(student_exps + start + j, ev);
+      store(teacher_exps + start + j, eu);
+      q = q + ev;
+      p = p + eu;
+      pd = pd + weighted(eu, u - v);
+      pu = pu + eu * floor_exponent(u);
+    }
     q_sum += static_cast<double>(reduce_add(q));
     p_sum += static_cast<double>(reduce_add(p));
     cross += static_cast<double>(reduce_add(pd));
@@ -80,7 +81,7 @@ inline TeacherKL<acc_t<scalar>> teacher_kl(const scalar* student, const scalar* 
       EpsTerms<V> terms{zero, zero, zero};
       for_row(student + start, length, kNegativeInfinity<real>, [&](V s, int64_t j) {
         terms.add(load(teacher_exps + start + j) * V(teacher_norm),
-                  student_u(s) - V(static_cast<real>(student_log_sum)), V(eps));
+                  student_u(s) - V(static_cast<real>(student_log_sum)), V(eps), wants_center);
       });
       kl += static_cast<double>(reduce_add(terms.kl));
       center += static_cast<double>(reduce_add(terms.center));
@@ -104,7 +105,8 @@ inline TeacherKL<acc_t<scalar>> teacher_kl(const scalar* student, const scalar* 
 template <typename real>
 inline TeacherKL<Vec<real>> teacher_kl_columns(real* student, real* teacher, int64_t classes,
                                                Vec<real> student_scale, Vec<real> teacher_scale,
-                                               Vec<real> eps, bool has_eps) {
+                                               Vec<real> eps, bool has_eps,
+                                               bool wants_center) {
   using V = Vec<real>;
   const V zero = real(0);
   const V student_max = column_max(student, classes), teacher_max = column_max(teacher, classes);
@@ -130,7 +132,8 @@ inline TeacherKL<Vec<real>> teacher_kl_columns(real* student, real* teacher, int
   if (has_eps) {
     terms = {zero, zero, zero};
     for (int64_t j = 0; j < classes; ++j) {
-      terms.add(load(teacher + j * V::size) * teacher_norm, scaled[j] - student_log_sum, eps);
+      terms.add(load(teacher + j * V::size) * teacher_norm, scaled[j] - student_log_sum, eps,
+                wants_center);
     }
   }
   return {terms.kl,    terms.center,    entropy,      terms.entropy, student_max,

@@ -49,20 +49,18 @@ struct Vec {
   native v;
 
   Vec() = default;
-  Vec(native x) : v(x) {}
-  Vec(real x) {
-    for (int i = 0; i < size; ++i) v[i] = x;
-  }
+  BMTARD_HD Vec(native x) : v(x) {}
+  BMTARD_HD Vec(real x) : v(x - native{}) {}  // in every lane; x - 0 is x, -0 and NaN too
 
-  friend Vec operator+(Vec a, Vec b) { return a.v + b.v; }
-  friend Vec operator-(Vec a, Vec b) { return a.v - b.v; }
-  friend Vec operator*(Vec a, Vec b) { return a.v * b.v; }
-  friend Vec operator/(Vec a, Vec b) { return a.v / b.v; }
-  friend Vec operator-(Vec a) { return -a.v; }
-  friend Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
-  friend Mask operator>(Vec a, Vec b) { return {a.v > b.v}; }
-  friend Mask operator==(Vec a, Vec b) { return {a.v == b.v}; }
-  friend Vec select(Mask m, Vec a, Vec b) { return m.bits ? a.v : b.v; }
+  friend BMTARD_HD Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+  friend BMTARD_HD Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+  friend BMTARD_HD Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+  friend BMTARD_HD Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+  friend BMTARD_HD Vec operator-(Vec a) { return -a.v; }
+  friend BMTARD_HD Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
+  friend BMTARD_HD Mask operator>(Vec a, Vec b) { return {a.v > b.v}; }
+  friend BMTARD_HD Mask operator==(Vec a, Vec b) { return {a.v == b.v}; }
+  friend BMTARD_HD Vec select(Mask m, Vec a, Vec b) { return m.bits ? a.v : b.v; }
 
   // Bits, for exp and log.
   native_int as_int() const {
@@ -78,7 +76,7 @@ struct Vec {
 };
 
 template <typename real>
-inline real reduce_add(Vec<real> x) {
+BMTARD_HD real reduce_add(Vec<real> x) {
   real part[Vec<real>::size];
   std::memcpy(part, &x.v, sizeof(part));
   for (int width = Vec<real>::size / 2; width > 0; width /= 2) {
@@ -89,7 +87,7 @@ inline real reduce_add(Vec<real> x) {
 
 // The maximum; a NaN is lost.
 template <typename real>
-inline real reduce_max(Vec<real> x) {
+BMTARD_HD real reduce_max(Vec<real> x) {
   real part[Vec<real>::size];
   std::memcpy(part, &x.v, sizeof(part));
   for (int width = Vec<real>::size / 2; width > 0; width /= 2) {
@@ -99,16 +97,16 @@ inline real reduce_max(Vec<real> x) {
 }
 
 #if defined(__AVX512F__)
-inline float reduce_add(Vec<float> x) { return _mm512_reduce_add_ps((__m512)x.v); }
-inline float reduce_max(Vec<float> x) { return _mm512_reduce_max_ps((__m512)x.v); }
+BMTARD_HD float reduce_add(Vec<float> x) { return _mm512_reduce_add_ps((__m512)x.v); }
+BMTARD_HD float reduce_max(Vec<float> x) { return _mm512_reduce_max_ps((__m512)x.v); }
 #elif defined(__AVX2__)
-inline float reduce_add(Vec<float> x) {
+BMTARD_HD float reduce_add(Vec<float> x) {
   const __m256 y = (__m256)x.v;
   __m128 h = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
   h = _mm_add_ps(h, _mm_movehl_ps(h, h));
   return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
 }
-inline float reduce_max(Vec<float> x) {
+BMTARD_HD float reduce_max(Vec<float> x) {
   const __m256 y = (__m256)x.v;
   __m128 h = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
   h = _mm_max_ps(h, _mm_movehl_ps(h, h));
@@ -118,7 +116,7 @@ inline float reduce_max(Vec<float> x) {
 
 // exp(x) to 1 ulp; 0 below -87.3 (no subnormal results), inf above 88.7.
 // x = n log 2 + r, |r| <= log(2)/2; exp(r) by a minimax polynomial (error 3e-9 relative).
-inline Vec<float> exp(Vec<float> x) {
+BMTARD_HD Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
   const V shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const V t = x * V(1.4426950408889634f) + shift;
@@ -140,7 +138,7 @@ inline Vec<float> exp(Vec<float> x) {
 
 // log(x) to 2 ulp for normal x > 0 (probabilities with eps, sums of exponentials); NaN for NaN.
 // x = 2^e m, m in [sqrt(1/2), sqrt(2)); log(1 + f) = f - f^2/2 + f^3 P(f) (error 4e-8 relative).
-inline Vec<float> log(Vec<float> x) {
+BMTARD_HD Vec<float> log(Vec<float> x) {
   using V = Vec<float>;
   using I = V::native_int;
   const I bits = x.as_int() - 0x3f3504f3;  // the bits of sqrt(1/2)
@@ -160,11 +158,11 @@ inline Vec<float> log(Vec<float> x) {
 }
 
 // float64 serves as the exact path (gradient checks); libm, lane by lane.
-inline Vec<double> exp(Vec<double> x) {
+BMTARD_HD Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < Vec<double>::size; ++i) x.v[i] = ::exp(x.v[i]);
   return x;
 }
-inline Vec<double> log(Vec<double> x) {
+BMTARD_HD Vec<double> log(Vec<double> x) {
   for (int i = 0; i < Vec<double>::size; ++i) x.v[i] = ::log(x.v[i]);
   return x;
 }
@@ -190,23 +188,23 @@ struct AccumulationOf<double> {
 template <typename scalar>
 using acc_t = typename AccumulationOf<scalar>::type;
 
-inline Vec<float> load(const float* p) {
+BMTARD_HD Vec<float> load(const float* p) {
   Vec<float> x;
   std::memcpy(&x.v, p, sizeof(x.v));
   return x;
 }
-inline Vec<double> load(const double* p) {
+BMTARD_HD Vec<double> load(const double* p) {
   Vec<double> x;
   std::memcpy(&x.v, p, sizeof(x.v));
   return x;
 }
-inline void store(float* p, Vec<float> x) { std::memcpy(p, &x.v, sizeof(x.v)); }
-inline void store(double* p, Vec<double> x) { std::memcpy(p, &x.v, sizeof(x.v)); }
+BMTARD_HD void store(float* p, Vec<float> x) { std::memcpy(p, &x.v, sizeof(x.v)); }
+BMTARD_HD void store(double* p, Vec<double> x) { std::memcpy(p, &x.v, sizeof(x.v)); }
 
 typedef uint16_t HalfBits __attribute__((vector_size(kVecBytes / 2)));
 typedef uint32_t WordBits __attribute__((vector_size(kVecBytes)));
 
-inline Vec<float> load(const BFloat16* p) {
+BMTARD_HD Vec<float> load(const BFloat16* p) {
   HalfBits h;
   std::memcpy(&h, p, sizeof(h));
   const WordBits w = __builtin_convertvector(h, WordBits) << 16;
@@ -214,7 +212,7 @@ inline Vec<float> load(const BFloat16* p) {
   std::memcpy(&x.v, &w, sizeof(w));
   return x;
 }
-inline void store(BFloat16* p, Vec<float> x) {
+BMTARD_HD void store(BFloat16* p, Vec<float> x) {
   WordBits w;
   std::memcpy(&w, &x.v, sizeof(w));
   // To nearest, ties to even; a NaN keeps its upper half and stays quiet.
@@ -228,24 +226,24 @@ inline void store(BFloat16* p, Vec<float> x) {
 }
 
 #if defined(__AVX512F__)
-inline Vec<float> load(const Float16* p) {
+BMTARD_HD Vec<float> load(const Float16* p) {
   return (Vec<float>::native)_mm512_cvtph_ps(
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-inline void store(Float16* p, Vec<float> x) {
+BMTARD_HD void store(Float16* p, Vec<float> x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph((__m512)x.v, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__AVX2__)
-inline Vec<float> load(const Float16* p) {
+BMTARD_HD Vec<float> load(const Float16* p) {
   return (Vec<float>::native)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline void store(Float16* p, Vec<float> x) {
+BMTARD_HD void store(Float16* p, Vec<float> x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-inline float to_float(Float16 h) {
+BMTARD_HD float to_float(Float16 h) {
   const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000) << 16;
   const uint32_t magnitude = h.bits & 0x7fff;
   uint32_t bits;
@@ -262,7 +260,7 @@ inline float to_float(Float16 h) {
   std::memcpy(&x, &bits, sizeof(x));
   return x;
 }
-inline Float16 to_float16(float x) {
+BMTARD_HD Float16 to_float16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
@@ -279,19 +277,19 @@ inline Float16 to_float16(float x) {
   bits += 0xfff + (bits >> 13 & 1);
   return {static_cast<uint16_t>(sign | ((bits - 0x38000000) >> 13))};
 }
-inline Vec<float> load(const Float16* p) {
+BMTARD_HD Vec<float> load(const Float16* p) {
   Vec<float> x;
   for (int i = 0; i < Vec<float>::size; ++i) x.v[i] = to_float(p[i]);
   return x;
 }
-inline void store(Float16* p, Vec<float> x) {
+BMTARD_HD void store(Float16* p, Vec<float> x) {
   for (int i = 0; i < Vec<float>::size; ++i) p[i] = to_float16(x.v[i]);
 }
 #endif
 
 // The first n < size elements; the other lanes are `fill`.
 template <typename scalar>
-inline Vec<acc_t<scalar>> load_partial(const scalar* p, int n, acc_t<scalar> fill) {
+BMTARD_HD Vec<acc_t<scalar>> load_partial(const scalar* p, int n, acc_t<scalar> fill) {
   using V = Vec<acc_t<scalar>>;
   scalar buffer[V::size] = {};
   std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(scalar));
@@ -300,31 +298,31 @@ inline Vec<acc_t<scalar>> load_partial(const scalar* p, int n, acc_t<scalar> fil
   return x;
 }
 template <typename scalar>
-inline void store_partial(scalar* p, int n, Vec<acc_t<scalar>> x) {
+BMTARD_HD void store_partial(scalar* p, int n, Vec<acc_t<scalar>> x) {
   scalar buffer[Vec<acc_t<scalar>>::size];
   store(buffer, x);
   std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(scalar));
 }
 
 #if defined(__AVX512F__)
-inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
-inline Vec<float> load_partial(const float* p, int n, float fill) {
+BMTARD_HD __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+BMTARD_HD Vec<float> load_partial(const float* p, int n, float fill) {
   return (Vec<float>::native)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first_lanes(n), p);
 }
-inline void store_partial(float* p, int n, Vec<float> x) {
+BMTARD_HD void store_partial(float* p, int n, Vec<float> x) {
   _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)x.v);
 }
-inline Vec<float> load_partial(const BFloat16* p, int n, float fill) {
+BMTARD_HD Vec<float> load_partial(const BFloat16* p, int n, float fill) {
   const __m512i w = _mm512_slli_epi32(
       _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p)), 16);
   return (Vec<float>::native)_mm512_mask_mov_ps(_mm512_set1_ps(fill), first_lanes(n),
                                                 _mm512_castsi512_ps(w));
 }
-inline Vec<float> load_partial(const Float16* p, int n, float fill) {
+BMTARD_HD Vec<float> load_partial(const Float16* p, int n, float fill) {
   return (Vec<float>::native)_mm512_mask_cvtph_ps(
       _mm512_set1_ps(fill), first_lanes(n), _mm256_maskz_loadu_epi16(first_lanes(n), p));
 }
-inline void store_partial(Float16* p, int n, Vec<float> x) {
+BMTARD_HD void store_partial(Float16* p, int n, Vec<float> x) {
   _mm256_mask_storeu_epi16(p, first_lanes(n),
                            _mm512_cvtps_ph((__m512)x.v, _MM_FROUND_TO_NEAREST_INT));
 }
