@@ -29,6 +29,9 @@ def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     logits = logits.to(accumulation_dtype(logits.dtype))
     if isinstance(temperature, Tensor):
         temperature = temperature.to(logits.dtype).unsqueeze(-1)
+        temperature = torch.where(temperature > 0, temperature, math.nan)
+    # Shifted before it is scaled: logits / 0.01 would lose two digits of the differences.
+    logits = logits - logits.detach().amax(-1, keepdim=True)
     masked = logits == -math.inf
     # -inf / temperature would have the gradient NaN by the temperature.
     scaled = (logits.masked_fill(masked, 0) / temperature).masked_fill(masked, -math.inf)
