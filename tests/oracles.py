@@ -167,4 +167,6 @@ def leaf(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def assert_matches(actual: Tensor, expected: Tensor | np.ndarray, dtype: torch.dtype) -> None:
     """Equal to the default tolerances of ``dtype``, and in that dtype."""
     assert actual.dtype == dtype
-    torch.testing.assert_close(actual.detach().cpu(), torch.as_tensor(expected).detach().to(dtype).cpu())
+    torch.testing.assert_close(
+        actual.detach().cpu(), torch.as_tensor(expected).detach().to(dtype).cpu()
+    )

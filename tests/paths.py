@@ -1,9 +1,9 @@
 """The fixture ``path``; a plugin of its own, because pytest registers each plugin once."""
 
 import pytest
+from oracles import require_native
 
 from bmtard import _library
-from oracles import require_native
 
 
 @pytest.fixture(params=["native", "reference"])

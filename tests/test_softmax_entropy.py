@@ -3,14 +3,14 @@
 import math
 
 import numpy as np
+import oracles
 import pytest
 import scipy.stats
 import torch
+from oracles import DTYPES, LAYOUTS, accumulation, assert_matches, leaf, randn
 from torch.autograd import gradcheck, gradgradcheck
 
 import bmtard
-import oracles
-from oracles import DTYPES, LAYOUTS, accumulation, assert_matches, leaf, randn
 
 pytest_plugins = ["paths"]
 
@@ -283,9 +283,7 @@ def test_double_backward_is_right_or_refused(device, path):
     if path == "reference":
         assert gradgradcheck(lambda z: bmtard.softmax_entropy(z, 1.5), (logits,))
         return
-    (grad,) = torch.autograd.grad(
-        bmtard.softmax_entropy(logits).sum(), logits, create_graph=True
-    )
+    (grad,) = torch.autograd.grad(bmtard.softmax_entropy(logits).sum(), logits, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"softmax_entropy has no double backward"):
         grad.sum().backward()
 
