@@ -72,7 +72,7 @@ def composed(
             loss = loss.sum() / divisor
         losses.append(loss * t**2 if scale_by_temperature else loss)
     losses = torch.stack(losses)
-    return losses if weight is None else sum(w * loss for w, loss in zip(weight, losses))
+    return losses if weight is None else sum(w * loss for w, loss in zip(weight, losses, strict=True))
 
 
 @pytest.mark.parametrize("temperature", [1e-2, 0.3, 1.0, 4.0, 1e2])
@@ -183,7 +183,7 @@ def test_options(device, path, dtype, reduction, weighted, sample, scaled):
         inputs = [t for t in x if t is not None]
         both.append([losses, *oracles.gradients(losses, inputs)])
     shape = () if weighted else (2,)
-    assert both[0][0].shape == (shape + (2, 5) if reduction == "none" else shape)
+    assert both[0][0].shape == ((*shape, 2, 5) if reduction == "none" else shape)
     assert_matches(both[0][0], both[1][0], accumulation(dtype))
     wanted = [t.dtype for t in given if t is not None]
     for actual, expected, one in zip(both[0][1:], both[1][1:], wanted, strict=True):
