@@ -80,15 +80,18 @@ def numpy(x: Tensor | float) -> np.ndarray:
 
 def probabilities(logits: Tensor, temperature: Tensor | float = 1.0) -> np.ndarray:
     """[..., C]; temperature a number, 0-d, or of the rows' shape."""
-    logits, temperature = numpy(logits), numpy(temperature)
-    top = logits.max(-1, keepdims=True) if logits.size else 0
-    return scipy.special.softmax((logits - top) / temperature[..., None], axis=-1)
+    return scipy.special.softmax(_scaled(logits, temperature), axis=-1)
 
 
 def log_probabilities(logits: Tensor, temperature: Tensor | float = 1.0) -> np.ndarray:
+    return scipy.special.log_softmax(_scaled(logits, temperature), axis=-1)
+
+
+def _scaled(logits: Tensor, temperature: Tensor | float) -> np.ndarray:
     logits, temperature = numpy(logits), numpy(temperature)
     top = logits.max(-1, keepdims=True) if logits.size else 0
-    return scipy.special.log_softmax((logits - top) / temperature[..., None], axis=-1)
+    with np.errstate(over="ignore"):  # further below the maximum than float64 reaches: p = 0
+        return (logits - top) / temperature[..., None]
 
 
 def entropy(logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:

@@ -72,7 +72,9 @@ def composed(
             loss = loss.sum() / divisor
         losses.append(loss * t**2 if scale_by_temperature else loss)
     losses = torch.stack(losses)
-    return losses if weight is None else sum(w * loss for w, loss in zip(weight, losses, strict=True))
+    return (
+        losses if weight is None else sum(w * loss for w, loss in zip(weight, losses, strict=True))
+    )
 
 
 @pytest.mark.parametrize("temperature", [1e-2, 0.3, 1.0, 4.0, 1e2])
