@@ -361,6 +361,9 @@ def pgd_step_(
         x_adv, grad.to(x_adv.dtype), x.to(x_adv.dtype),
         step_size, epsilon, low, high, norm == "l2",
     )  # fmt: skip
+    if not (torch.compiler.is_compiling() or x_adv.is_inference()):
+        # Otherwise autograd would not notice that a tensor it has saved was overwritten.
+        torch.autograd.graph.increment_version(x_adv)
     return x_adv
 
 
