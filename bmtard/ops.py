@@ -151,7 +151,10 @@ def bisect_temperature(
             tolerance=float(tolerance),
             max_iterations=int(max_iterations),
         )
-        return TemperatureSearch(*(field.view(rows_shape) for field in found))
+        temperature, *rest = (field.view(rows_shape) for field in found)
+        if temperature.requires_grad:
+            temperature = _OnceDifferentiable.apply(op, temperature, logits, target)
+        return TemperatureSearch(temperature, *rest)
     arguments = (
         low, high, bool(per_sample), float(tolerance), int(max_iterations), method == "bisection",
     )  # fmt: skip
@@ -358,6 +361,9 @@ def pgd_step_(
         x_adv, grad.to(x_adv.dtype), x.to(x_adv.dtype),
         step_size, epsilon, low, high, norm == "l2",
     )  # fmt: skip
+    if not (torch.compiler.is_compiling() or x_adv.is_inference()):
+        # Otherwise autograd would not notice that a tensor it has saved was overwritten.
+        torch.autograd.graph.increment_version(x_adv)
     return x_adv
 
 
@@ -438,6 +444,22 @@ class _NoDoubleBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         raise NotImplementedError(f"bmtard.{ctx.op} has no double backward")
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Passes ``value`` on; its gradient refuses to be differentiated by the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, value: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.op = op
+        ctx.save_for_backward(*inputs)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        inputs = ctx.saved_tensors
+        (passed,) = _refuse_double_backward(ctx.op, [grad], *inputs)
+        return (None, passed, *(None,) * len(inputs))
 
 
 class _SoftmaxEntropy(torch.autograd.Function):

@@ -29,6 +29,9 @@ def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     logits = logits.to(accumulation_dtype(logits.dtype))
     if isinstance(temperature, Tensor):
         temperature = temperature.to(logits.dtype).unsqueeze(-1)
+        temperature = torch.where(temperature > 0, temperature, math.nan)
+    # Shifted before it is scaled: logits / 0.01 would lose two digits of the differences.
+    logits = logits - logits.detach().amax(-1, keepdim=True)
     masked = logits == -math.inf
     # -inf / temperature would have the gradient NaN by the temperature.
     scaled = (logits.masked_fill(masked, 0) / temperature).masked_fill(masked, -math.inf)
@@ -79,7 +82,8 @@ def bisect_temperature(
         # The first two evaluations are at the bounds; then geometric bisection.
         for i in range(max_iterations):
             active = status == SearchStatus.MAX_ITERATIONS
-            candidate = bottom if i == 0 else top if i == 1 else (bottom * top).sqrt()
+            middle = bottom.sqrt() * top.sqrt()  # the product could overflow
+            candidate = bottom if i == 0 else top if i == 1 else middle
             temperature = torch.where(active, candidate, temperature)
             entropy = torch.where(active, entropy_at(temperature), entropy)
             iterations += active
@@ -125,7 +129,8 @@ def _entropy_slope(logits: Tensor, temperature: Tensor, per_sample: bool) -> Ten
     """d entropy / d log temperature = the variance of log p under p."""
     log_p = log_softmax(logits, temperature if per_sample else temperature.expand(len(logits)))
     p = log_p.exp()
-    log_p = log_p.masked_fill(log_p == -math.inf, 0)
+    # Relative to the largest, equal logits have a variance of exactly 0.
+    log_p = (log_p - log_p.amax(-1, keepdim=True)).masked_fill(log_p == -math.inf, 0)
     centered = log_p - (p * log_p).sum(-1, keepdim=True)
     variance = (p * centered.square()).sum(-1)
     return variance if per_sample else variance.mean()
