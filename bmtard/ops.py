@@ -7,9 +7,10 @@ functions stand outside the ops because the stable ABI knows no autograd, and be
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,23 @@ MAX_TEACHERS = 16
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REDUCTIONS = ("none", "sum", "mean", "batchmean")
-_native = torch.ops.bmtard
+
+
+class _Native:
+    """The compiled ops as overloads, looked up once: each call saves a search by argument types."""
+
+    def __init__(self) -> None:
+        for name in (
+            "softmax_entropy", "softmax_entropy_backward", "bisect_temperature",
+            "multi_teacher_kl", "multi_teacher_kl_backward", "bmtard_loss", "pgd_step_",
+        ):  # fmt: skip
+            setattr(self, name, getattr(torch.ops.bmtard, name).default)
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"bmtard's compiled op {name} is not loaded")
+
+
+_native: Any = _Native() if _library.NATIVE else None
 
 
 def softmax_entropy(
@@ -273,7 +290,8 @@ def multi_teacher_kl(
     if sample_weight is not None:
         kl = kl * sample_weight.to(dtype)
     if reduction != "none":
-        classes, rows = first.shape[-1], first[..., 0].numel()
+        classes = first.shape[-1]
+        rows = first.numel() // classes
         kl = kl.flatten(1).sum(1)
         if reduction != "sum":
             # No rows: 0 / 0 = NaN, the mean of nothing.
@@ -408,7 +426,8 @@ def bmtard_loss(
             f"{op}: the module's state must be on the device of student_logits, {first.device}, "
             f"got {state.weights.device}; move the module with .to()"
         )
-    classes, rows = first.shape[-1], first[..., 0].numel()
+    classes = first.shape[-1]
+    rows = first.numel() // classes
     divisor = {"mean": rows * classes, "batchmean": rows, "sum": 1}[reduction]
     scale = 1.0 / divisor if divisor else math.nan  # the mean of nothing
 
@@ -428,11 +447,26 @@ def bmtard_loss(
 # --- Autograd -------------------------------------------------------------------------------
 
 
-def _refuse_double_backward(op: str, grads: Sequence[Tensor | None], *inputs: Tensor | None) -> Any:
-    """``grads``, which raise when they are differentiated again."""
-    if not torch.is_grad_enabled():
-        return tuple(grads)
-    return _NoDoubleBackward.apply(op, len(grads), *grads, *inputs)
+def _once_differentiable(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A ``backward`` whose results raise when they are differentiated again.
+
+    torch's own decorator of that name raises a RuntimeError, and costs a grad-mode guard also in
+    the usual case, where no graph of the gradients is wanted.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, *grad_outputs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grad_outputs)
+            with torch.no_grad():
+                grads = backward(ctx, *grad_outputs)
+            sources = (*grad_outputs, *ctx.saved_tensors)
+            return _NoDoubleBackward.apply(op, len(grads), *grads, *sources)
+
+        return wrapper
+
+    return decorate
 
 
 class _NoDoubleBackward(torch.autograd.Function):
@@ -457,9 +491,9 @@ class _OnceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        inputs = ctx.saved_tensors
-        (passed,) = _refuse_double_backward(ctx.op, [grad], *inputs)
-        return (None, passed, *(None,) * len(inputs))
+        if torch.is_grad_enabled():
+            (grad,) = _NoDoubleBackward.apply(ctx.op, 1, grad, *ctx.saved_tensors)
+        return (None, grad, *(None,) * len(ctx.saved_tensors))
 
 
 class _SoftmaxEntropy(torch.autograd.Function):
@@ -471,23 +505,22 @@ class _SoftmaxEntropy(torch.autograd.Function):
         return entropy if logits.dim() == 2 else entropy.view(logits.shape[:-1])
 
     @staticmethod
+    @_once_differentiable("softmax_entropy")
     def backward(ctx: Any, grad: Tensor) -> Any:
         logits, temperature, entropy, statistics = ctx.saved_tensors
         wants_logits, wants_temperature, _ = ctx.needs_input_grad
-        with torch.no_grad():
-            grad_logits, grad_temperature = _native.softmax_entropy_backward(
-                _flat(grad), _rows(logits), _flat(temperature), ctx.value, entropy, statistics,
-                wants_logits, wants_temperature,
-            )  # fmt: skip
-            grad_logits = grad_logits.view(logits.shape) if wants_logits else None
-            if not wants_temperature:
-                grad_temperature = None
-            elif temperature.dim() == 0:
-                grad_temperature = grad_temperature.sum()
-            else:
-                grad_temperature = grad_temperature.view(temperature.shape)
-        grads = (grad_logits, grad_temperature, None)
-        return _refuse_double_backward("softmax_entropy", grads, grad, logits, temperature)
+        grad_logits, grad_temperature = _native.softmax_entropy_backward(
+            _flat(grad), _rows(logits), _flat(temperature), ctx.value, entropy, statistics,
+            wants_logits, wants_temperature,
+        )  # fmt: skip
+        grad_logits = grad_logits.view(logits.shape) if wants_logits else None
+        if not wants_temperature:
+            grad_temperature = None
+        elif temperature.dim() == 0:
+            grad_temperature = grad_temperature.sum()
+        else:
+            grad_temperature = grad_temperature.view(temperature.shape)
+        return grad_logits, grad_temperature, None
 
 
 class _BisectTemperature(torch.autograd.Function):
@@ -507,26 +540,25 @@ class _BisectTemperature(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @_once_differentiable("bisect_temperature")
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         logits, target, temperature, slope, status = ctx.saved_tensors
-        with torch.no_grad():
-            # Implicit function theorem: d temperature / d target = temperature / slope,
-            # d temperature / d logits = -(d entropy / d logits) temperature / slope.
-            by_target = _flat(grad) * temperature / slope
-            by_target = torch.where((status == 0) & (slope > 0), by_target, 0.0)
-            grad_logits = grad_target = None
-            if ctx.needs_input_grad[0]:
-                rows = _rows(logits)
-                by_row = -by_target if ctx.per_sample else -by_target / rows.shape[0]
-                grad_logits = _native.softmax_entropy_backward(
-                    by_row.expand(rows.shape[0]), rows, temperature, 0.0,
-                    *_native.softmax_entropy(rows, temperature, 0.0), True, False,
-                )[0].view(logits.shape)  # fmt: skip
-            if ctx.needs_input_grad[1]:
-                grad_target = by_target.sum() if target.dim() == 0 else by_target
-                grad_target = grad_target.view(target.shape)
-        grads = (grad_logits, grad_target, *(None,) * 7)
-        return _refuse_double_backward("bisect_temperature", grads, grad, logits, target)
+        # Implicit function theorem: d temperature / d target = temperature / slope,
+        # d temperature / d logits = -(d entropy / d logits) temperature / slope.
+        by_target = _flat(grad) * temperature / slope
+        by_target = torch.where((status == 0) & (slope > 0), by_target, 0.0)
+        grad_logits = grad_target = None
+        if ctx.needs_input_grad[0]:
+            rows = _rows(logits)
+            by_row = -by_target if ctx.per_sample else -by_target / rows.shape[0]
+            grad_logits = _native.softmax_entropy_backward(
+                by_row, rows, temperature, 0.0,
+                *_native.softmax_entropy(rows, temperature, 0.0), True, False,
+            )[0].view(logits.shape)  # fmt: skip
+        if ctx.needs_input_grad[1]:
+            grad_target = by_target.sum() if target.dim() == 0 else by_target
+            grad_target = grad_target.view(target.shape)
+        return (grad_logits, grad_target, *(None,) * 7)
 
 
 class _MultiTeacherKL(torch.autograd.Function):
@@ -551,29 +583,28 @@ class _MultiTeacherKL(torch.autograd.Function):
         return kl if logits[0].dim() == 2 else kl.view(kl.shape[0], *logits[0].shape[:-1])
 
     @staticmethod
+    @_once_differentiable("multi_teacher_kl")
     def backward(ctx: Any, grad: Tensor) -> Any:
         temperature, statistics, *logits = ctx.saved_tensors
-        wants_temperature, wants = ctx.needs_input_grad[0], list(ctx.needs_input_grad[5:])
+        wants_temperature, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         n = ctx.num_students
-        with torch.no_grad():
-            rows = [_rows(x) for x in logits]
-            grad_students, grad_teachers, grad_temperature = _native.multi_teacher_kl_backward(
-                grad.flatten(1), rows[:n], rows[n:], temperature, *ctx.options, statistics,
-                _mask(wants[:n]), _mask(wants[n:]), wants_temperature,
-            )  # fmt: skip
-            computed = iter([*grad_students.unbind(), *grad_teachers.unbind()])
-            grad_logits = [
-                next(computed).view(x.shape) if wanted else None
-                for x, wanted in zip(logits, wants, strict=True)
-            ]
-            if not wants_temperature:
-                grad_temperature = None
-            else:
-                grad_temperature = grad_temperature.sum(1).to(temperature.dtype)
-                if temperature.dim() == 0:
-                    grad_temperature = grad_temperature.sum()
-        grads = (grad_temperature, None, None, None, None, *grad_logits)
-        return _refuse_double_backward("multi_teacher_kl", grads, grad, *logits)
+        rows = [_rows(x) for x in logits]
+        grad_students, grad_teachers, grad_temperature = _native.multi_teacher_kl_backward(
+            grad.flatten(1), rows[:n], rows[n:], temperature, *ctx.options, statistics,
+            _mask(wants[:n]), _mask(wants[n:]), wants_temperature,
+        )  # fmt: skip
+        computed = iter([*grad_students.unbind(), *grad_teachers.unbind()])
+        grad_logits = [
+            next(computed).view(x.shape) if wanted else None
+            for x, wanted in zip(logits, wants, strict=True)
+        ]
+        if not wants_temperature:
+            grad_temperature = None
+        else:
+            grad_temperature = grad_temperature.sum(1).to(temperature.dtype)
+            if temperature.dim() == 0:
+                grad_temperature = grad_temperature.sum()
+        return (grad_temperature, None, None, None, None, *grad_logits)
 
 
 class _AttachGradients(torch.autograd.Function):
@@ -581,21 +612,17 @@ class _AttachGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, grads: Tensor, *students: Tensor) -> Tensor:
-        ctx.save_for_backward(grads)
+        ctx.save_for_backward(grads, *students)
         return loss.view_as(loss)
 
     @staticmethod
+    @_once_differentiable("BMTARDLoss")
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (grads,) = ctx.saved_tensors
-        with torch.no_grad():
-            # On the host the usual gradient of 1 costs a look instead of a pass over memory.
-            if grad.device.type != "cpu" or torch.compiler.is_compiling() or grad.item() != 1.0:
-                grads = grads * grad.to(grads.dtype)
-            per_student = [
-                g if wanted else None
-                for g, wanted in zip(grads.unbind(), ctx.needs_input_grad[2:], strict=True)
-            ]
-        return _refuse_double_backward("BMTARDLoss", (None, None, *per_student), grad)
+        grads = ctx.saved_tensors[0]
+        # On the host the usual gradient of 1 costs a look instead of a pass over memory.
+        if grad.device.type != "cpu" or torch.compiler.is_compiling() or grad.item() != 1.0:
+            grads = grads * grad.to(grads.dtype)
+        return (None, None, *grads.unbind())
 
 
 # --- Fake kernels ---------------------------------------------------------------------------
@@ -676,16 +703,7 @@ def use_native(tensor: Tensor) -> bool:
     kind = tensor.device.type
     if kind == "cpu" or (kind == "cuda" and _library.has_cuda()):
         return True
-    _warn_no_kernels(kind)
-    return False
-
-
-_warned: set[str] = set()
-
-
-@torch.compiler.disable
-def _warn_no_kernels(kind: str) -> None:
-    if kind not in _warned:
+    if kind not in _warned and not torch.compiler.is_compiling():
         _warned.add(kind)
         warnings.warn(
             f"bmtard has no compiled kernels for device '{kind}' here; "
@@ -693,6 +711,10 @@ def _warn_no_kernels(kind: str) -> None:
             RuntimeWarning,
             stacklevel=4,
         )
+    return False
+
+
+_warned: set[str] = set()
 
 
 def _is_number(value: object) -> bool:
@@ -752,7 +774,8 @@ def _pair(
     op: str, student_logits: Tensor | Sequence[Tensor], teacher_logits: Tensor | Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Both sides as lists of 1 or K tensors of one shape, device and dtype."""
-    sides = []
+    sides: list[list[Tensor]] = []
+    first, same_dtype = None, True
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         side = [logits] if isinstance(logits, Tensor) else logits
         if not isinstance(side, (list, tuple)):
@@ -763,29 +786,30 @@ def _pair(
         if not 1 <= len(side) <= MAX_TEACHERS:
             raise ValueError(f"{op}: {name} must hold 1 to {MAX_TEACHERS} tensors, got {len(side)}")
         for k, entry in enumerate(side):
-            _check_logits(op, name if side[0] is logits else f"{name}[{k}]", entry)
+            if first is None:
+                _check_logits(op, name if side[0] is logits else f"{name}[0]", entry)
+                first, shape, dtype, device = entry, entry.shape, entry.dtype, entry.device
+            elif not isinstance(entry, Tensor) or entry.dtype != dtype:
+                _check_logits(op, f"{name}[{k}]", entry)
+                same_dtype = False
+            if entry.shape != shape:
+                raise ValueError(
+                    f"{op}: {name}[{k}] must have the shape of student_logits, {list(shape)}, "
+                    f"got {list(entry.shape)}"
+                )
+            if entry.device != device:
+                raise ValueError(
+                    f"{op}: {name}[{k}] must be on the device of student_logits, {device}, "
+                    f"got {entry.device}"
+                )
         sides.append(list(side))
+    assert first is not None
     students, teachers = sides
     if len(students) != len(teachers) and 1 not in (len(students), len(teachers)):
         raise ValueError(
             f"{op}: student_logits and teacher_logits must hold equally many tensors, or one of "
             f"them a single one, got {len(students)} and {len(teachers)}"
         )
-    first = students[0]
-    same_dtype = True
-    for name, side in (("student_logits", students), ("teacher_logits", teachers)):
-        for k, entry in enumerate(side):
-            if entry.shape != first.shape:
-                raise ValueError(
-                    f"{op}: {name}[{k}] must have the shape of student_logits, "
-                    f"{list(first.shape)}, got {list(entry.shape)}"
-                )
-            if entry.device != first.device:
-                raise ValueError(
-                    f"{op}: {name}[{k}] must be on the device of student_logits, {first.device}, "
-                    f"got {entry.device}"
-                )
-            same_dtype &= entry.dtype == first.dtype
     if not same_dtype:
         dtype = first.dtype
         for entry in students + teachers:
