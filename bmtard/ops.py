@@ -581,12 +581,12 @@ class _AttachGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, grads: Tensor, *students: Tensor) -> Tensor:
-        ctx.save_for_backward(grads)
+        ctx.save_for_backward(grads, *students)
         return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        (grads,) = ctx.saved_tensors
+        grads, *students = ctx.saved_tensors
         with torch.no_grad():
             # On the host the usual gradient of 1 costs a look instead of a pass over memory.
             if grad.device.type != "cpu" or torch.compiler.is_compiling() or grad.item() != 1.0:
@@ -595,7 +595,7 @@ class _AttachGradients(torch.autograd.Function):
                 g if wanted else None
                 for g, wanted in zip(grads.unbind(), ctx.needs_input_grad[2:], strict=True)
             ]
-        return _refuse_double_backward("BMTARDLoss", (None, None, *per_student), grad)
+        return _refuse_double_backward("BMTARDLoss", (None, None, *per_student), grad, *students)
 
 
 # --- Fake kernels ---------------------------------------------------------------------------
