@@ -294,7 +294,9 @@ class BMTARDLoss(_Balance):
 
     def state(self) -> BalanceState:
         """The buffers that a step reads and writes, not copies of them."""
-        buffers = self._buffers  # nn.Module's attribute look-up would cost as much as the kernel
+        buffers: Any = (
+            self._buffers
+        )  # nn.Module's attribute look-up would cost as much as the kernel
         return BalanceState(*[buffers[name] for name in BalanceState._fields])
 
     def forward(self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The public ops: contracts, the choice of native or reference path, autograd, fake kernels.
+"""The public ops: contracts, the choice of native or reference path, autograd.
 
 Every argument is checked here, once; the compiled kernels trust what they get. The autograd
 functions stand outside the ops because the stable ABI knows no autograd, and because a Python
@@ -40,6 +40,9 @@ class _Native:
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError(f"bmtard's compiled op {name} is not loaded")
 
+
+if _library.NATIVE:
+    from bmtard import _fakes  # noqa: F401  (registers them)
 
 _native: Any = _Native() if _library.NATIVE else None
 
@@ -177,10 +180,8 @@ def bisect_temperature(
     )  # fmt: skip
     if _wants_grad(logits, target):
         return TemperatureSearch(*_BisectTemperature.apply(logits, target, start, *arguments))
-    found = _native.bisect_temperature(_rows(logits), _flat(target), _flat(start), *arguments)
-    if per_sample and logits.dim() != 2:
-        found = [field.view(rows_shape) for field in found]
-    temperature, entropy, _, status, iterations = found
+    fields = _native.bisect_temperature(_rows(logits), _flat(target), _flat(start), *arguments)
+    temperature, entropy, _, status, iterations = (field.view(rows_shape) for field in fields)
     return TemperatureSearch(temperature, entropy, status, iterations)
 
 
@@ -409,11 +410,11 @@ def bmtard_loss(
     op = "BMTARDLoss"
     students, teachers = _pair(op, student_logits, teacher_logits)
     count, first = len(state.weights), students[0]
-    for name, logits in (("student_logits", students), ("teacher_logits", teachers)):
-        if len(logits) != count:
+    for name, side in (("student_logits", students), ("teacher_logits", teachers)):
+        if len(side) != count:
             raise ValueError(
                 f"{op}: {name} must be a sequence of {count} tensors, one for each teacher, "
-                f"got {len(logits)}"
+                f"got {len(side)}"
             )
     for k, logits in enumerate(teachers):
         if logits.requires_grad and torch.is_grad_enabled():
@@ -433,7 +434,7 @@ def bmtard_loss(
 
     low, high = bounds
     students, teachers = [_rows(s) for s in students], [_rows(t) for t in teachers]
-    wants_grad = torch.is_grad_enabled() and any(s.requires_grad for s in students)
+    wants_grad = _wants_grad(*students)
     # The op changes the state, so it stands outside of autograd; the gradients that it has
     # already computed are attached afterwards.
     loss, grads = _native.bmtard_loss(
@@ -625,74 +626,6 @@ class _AttachGradients(torch.autograd.Function):
         return (None, None, *grads.unbind())
 
 
-# --- Fake kernels ---------------------------------------------------------------------------
-
-
-def _register_fakes() -> None:
-    """What torch.compile and meta tensors see; the same contract as the native binding."""
-    fake = torch.library.register_fake
-
-    def rows_of(logits: Tensor) -> int:
-        torch._check(logits.dim() == 2, lambda: f"expected [N, C], got {logits.dim()}-d")
-        return logits.shape[0]
-
-    @fake("bmtard::softmax_entropy")
-    def _(logits: Tensor, temperature: Tensor | None, value: float) -> Any:
-        n, acc = rows_of(logits), accumulation_dtype(logits.dtype)
-        return logits.new_empty(n, dtype=acc), logits.new_empty((2, n), dtype=acc)
-
-    @fake("bmtard::softmax_entropy_backward")
-    def _(grad, logits, temperature, value, entropy, statistics, wants_logits, wants_temperature):
-        n = rows_of(logits)
-        return (
-            logits.new_empty((n, logits.shape[1]) if wants_logits else (0,)),
-            entropy.new_empty((n,) if wants_temperature else (0,)),
-        )
-
-    @fake("bmtard::bisect_temperature")
-    def _(logits, target, initial, low, high, per_sample, tolerance, max_iterations, bisection):
-        n, acc = rows_of(logits), accumulation_dtype(logits.dtype)
-        shape = (n,) if per_sample else ()
-        reals = [logits.new_empty(shape, dtype=acc) for _ in range(3)]
-        return (*reals, *(logits.new_empty(shape, dtype=torch.int32) for _ in range(2)))
-
-    @fake("bmtard::multi_teacher_kl")
-    def _(students, teachers, temperature, value, student_temperature, eps, with_statistics):
-        n, acc = rows_of(students[0]), accumulation_dtype(students[0].dtype)
-        k = max(len(students), len(teachers))
-        kl = students[0].new_empty((k, n), dtype=acc)
-        return kl, kl.new_empty((5, k, n) if with_statistics else (0,))
-
-    @fake("bmtard::multi_teacher_kl_backward")
-    def _(grad, students, teachers, temperature, value, student_temperature, eps, statistics,
-          wants_students, wants_teachers, wants_temperature):  # fmt: skip
-        n, c = rows_of(students[0]), students[0].shape[1]
-        k = max(len(students), len(teachers))
-        return (
-            students[0].new_empty((wants_students.bit_count(), n, c)),
-            teachers[0].new_empty((wants_teachers.bit_count(), n, c)),
-            grad.new_empty((k, n) if wants_temperature else (0, n)),
-        )
-
-    @fake("bmtard::bmtard_loss")
-    def _(students, teachers, *rest):
-        n, c = rows_of(students[0]), students[0].shape[1]
-        wants_grad = rest[-1]
-        acc = accumulation_dtype(students[0].dtype)
-        return (
-            students[0].new_empty((), dtype=acc),
-            students[0].new_empty((len(students) if wants_grad else 0, n, c)),
-        )
-
-    @fake("bmtard::pgd_step_")
-    def _(x_adv, grad, x, step_size, epsilon, low, high, l2):
-        torch._check(x_adv.shape == grad.shape == x.shape, lambda: "expected equal shapes")
-
-
-if _library.NATIVE:
-    _register_fakes()
-
-
 # --- Contracts ------------------------------------------------------------------------------
 
 
@@ -733,7 +666,9 @@ def _check_eps(op: str, eps: float) -> None:
         raise ValueError(f"{op}: eps must be finite and >= 0, got {eps}")
 
 
-def _check_bounds(op: str, bounds: tuple[float, float], name: str = "bounds") -> tuple:
+def _check_bounds(
+    op: str, bounds: tuple[float, float], name: str = "bounds"
+) -> tuple[float, float]:
     try:
         low, high = (float(b) for b in bounds)
     except (TypeError, ValueError):

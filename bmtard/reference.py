@@ -38,7 +38,9 @@ def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     return torch.log_softmax(scaled, -1)
 
 
-def softmax_entropy(logits: Tensor, temperature: float | Tensor = 1.0, *, eps: float = 0.0):
+def softmax_entropy(
+    logits: Tensor, temperature: float | Tensor = 1.0, *, eps: float = 0.0
+) -> Tensor:
     """[..., C] -> [...], in nats: -sum p log(p + eps)."""
     log_p = log_softmax(logits, temperature)
     p = log_p.exp()

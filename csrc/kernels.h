@@ -33,7 +33,7 @@ enum class SearchMethod : int32_t { kHalley = 0, kBisection = 1 };
 // What a step of the balanced loss did; bmtard.BalanceStatus in Python.
 enum BalanceStatus : int32_t {
   kUpdated = 0,
-  kSkippedNonFinite = 1,  // a loss was not finite: the state is as it was before
+  kSkippedNonFinite = 1,   // a loss was not finite: the state is as it was before
   kTargetOutOfBounds = 2,  // updated, but a temperature stopped at a bound
 };
 
@@ -51,8 +51,9 @@ struct SoftmaxEntropyArgs {
   const void* temperature;     // acc_t, [N] or [] (stride 0); null: temperature_value
   int64_t temperature_stride;  // 0 or 1
   double temperature_value;
-  void* entropy;     // acc_t [N], nats
-  void* statistics;  // acc_t [2, N]: max z, log sum exp((z - max z) / temperature); null: not wanted
+  void* entropy;  // acc_t [N], nats
+  void*
+      statistics;  // acc_t [2, N]: max z, log sum exp((z - max z) / temperature); null: not wanted
 };
 
 struct SoftmaxEntropyBackwardArgs {
@@ -74,10 +75,10 @@ struct BisectTemperatureArgs {
   DataType dtype;
   int64_t rows, classes;
   Matrix logits;
-  bool per_sample;               // one temperature a row, else one for the mean entropy
-  const void* target_entropy;    // acc_t [] or, per sample, [N]
+  bool per_sample;                // one temperature a row, else one for the mean entropy
+  const void* target_entropy;     // acc_t [] or, per sample, [N]
   int64_t target_entropy_stride;  // 0 or 1
-  const void* initial;           // acc_t, as target_entropy; null: estimated
+  const void* initial;            // acc_t, as target_entropy; null: estimated
   int64_t initial_stride;
   double low, high;  // bounds of the temperature
   double tolerance;  // nats
@@ -102,7 +103,7 @@ struct MultiTeacherKLArgs {
   double temperature_value;
   double student_temperature;
   double eps;  // inside log(p + eps)
-  void* kl;  // acc_t [K, N], nats
+  void* kl;    // acc_t [K, N], nats
   // acc_t [5, K, N]: student max and log-sum, teacher max and log-sum (as in
   // SoftmaxEntropyArgs), center = sum_j p_j dKL/dp_j; null: not wanted
   void* statistics;
@@ -157,10 +158,10 @@ struct BMTARDLossArgs {
   double loss_exponent;
   double student_temperature;
   double eps;
-  double scale;  // of the sum over rows: 1/(N C) for "mean", 1/N for "batchmean", 1 for "sum"
+  double scale;      // of the sum over rows: 1/(N C) for "mean", 1/N for "batchmean", 1 for "sum"
   double tolerance;  // of the temperature search, nats
   int32_t max_iterations;
-  void* loss;  // acc_t []
+  void* loss;                        // acc_t []
   void* grad_student[kMaxTeachers];  // [N, C] contiguous: d loss / d student k; null: not wanted
   void* workspace;                   // bmtard_loss_workspace() bytes
 };

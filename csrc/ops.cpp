@@ -19,8 +19,8 @@
 
 #if defined(BMTARD_CUDA)
 // Defined by a CUDA build of torch only; null under a CPU build.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
 
 namespace bmtard {
@@ -70,12 +70,11 @@ struct Rows {
 };
 
 void check_like(const Tensor& tensor, const Tensor& first) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == first.size(0) &&
-                      tensor.size(1) == first.size(1) &&
-                      tensor.scalar_type() == first.scalar_type() &&
-                      tensor.is_cuda() == first.is_cuda() &&
-                      tensor.get_device_index() == first.get_device_index(),
-                  "expected logits of one shape, dtype and device");
+  STD_TORCH_CHECK(
+      tensor.dim() == 2 && tensor.size(0) == first.size(0) && tensor.size(1) == first.size(1) &&
+          tensor.scalar_type() == first.scalar_type() && tensor.is_cuda() == first.is_cuda() &&
+          tensor.get_device_index() == first.get_device_index(),
+      "expected logits of one shape, dtype and device");
 }
 
 // A vector of `count` values of `type`, or one value for all (stride 0).
@@ -167,8 +166,8 @@ Tensor gradients(int64_t wanted, int64_t count, const Tensor& like, void** point
 
 // --- Launching -------------------------------------------------------------------------------
 
-void parallel_for(int64_t begin, int64_t end, int64_t grain,
-                  void (*body)(int64_t, int64_t, void*), void* context) {
+void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
+                  void* context) {
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
 }
 
@@ -183,11 +182,11 @@ void launch_cuda(const Tensor& on, const Args& args, int (*kernel)(const Args&, 
   const int error = kernel(args, stream);
   STD_TORCH_CHECK(error == 0, "CUDA error: ", cuda::error_string(error));
 }
-#define BMTARD_LAUNCH(op, on, args)                           \
-  if ((on).is_cuda()) {                                       \
-    launch_cuda(on, args, cuda::op);                          \
-  } else {                                                    \
-    cpu::kernels().op(args, parallel_for);                    \
+#define BMTARD_LAUNCH(op, on, args)        \
+  if ((on).is_cuda()) {                    \
+    launch_cuda(on, args, cuda::op);       \
+  } else {                                 \
+    cpu::kernels().op(args, parallel_for); \
   }
 #define BMTARD_WORKSPACE(op, on, args) \
   ((on).is_cuda() ? cuda::op##_workspace(args) : cpu::op##_workspace(args))
@@ -207,19 +206,25 @@ std::tuple<Tensor, Tensor> softmax_entropy(const Tensor& logits,
   const Values t(temperature, logits, type, n);
   Tensor entropy = empty<1>({n}, type, logits);
   Tensor statistics = empty<2>({2, n}, type, logits);
-  const SoftmaxEntropyArgs args{data_type(logits), n,
-                                logits.size(1),    rows.matrix,
-                                t.data,            t.stride,
-                                temperature_value, entropy.data_ptr(),
+  const SoftmaxEntropyArgs args{data_type(logits),
+                                n,
+                                logits.size(1),
+                                rows.matrix,
+                                t.data,
+                                t.stride,
+                                temperature_value,
+                                entropy.data_ptr(),
                                 statistics.data_ptr()};
   BMTARD_LAUNCH(softmax_entropy, logits, args);
   return {entropy, statistics};
 }
 
-std::tuple<Tensor, Tensor> softmax_entropy_backward(
-    const Tensor& grad_entropy, const Tensor& logits, const std::optional<Tensor>& temperature,
-    double temperature_value, const Tensor& entropy, const Tensor& statistics, bool wants_logits,
-    bool wants_temperature) {
+std::tuple<Tensor, Tensor> softmax_entropy_backward(const Tensor& grad_entropy,
+                                                    const Tensor& logits,
+                                                    const std::optional<Tensor>& temperature,
+                                                    double temperature_value, const Tensor& entropy,
+                                                    const Tensor& statistics, bool wants_logits,
+                                                    bool wants_temperature) {
   const Rows rows(logits);
   const int64_t n = logits.size(0), classes = logits.size(1);
   const ScalarType type = accumulation_type(logits);
@@ -227,20 +232,19 @@ std::tuple<Tensor, Tensor> softmax_entropy_backward(
   Tensor grad_logits = wants_logits ? empty<2>({n, classes}, logits.scalar_type(), logits)
                                     : empty<1>({0}, logits.scalar_type(), logits);
   Tensor grad_temperature = empty<1>({wants_temperature ? n : 0}, type, logits);
-  const SoftmaxEntropyBackwardArgs args{
-      data_type(logits),
-      n,
-      classes,
-      rows.matrix,
-      t.data,
-      t.stride,
-      temperature_value,
-      dense(entropy, logits, type, n),
-      dense(statistics, logits, type, 2 * n),
-      grad.data,
-      grad.stride,
-      wants_logits ? grad_logits.data_ptr() : nullptr,
-      wants_temperature ? grad_temperature.data_ptr() : nullptr};
+  const SoftmaxEntropyBackwardArgs args{data_type(logits),
+                                        n,
+                                        classes,
+                                        rows.matrix,
+                                        t.data,
+                                        t.stride,
+                                        temperature_value,
+                                        dense(entropy, logits, type, n),
+                                        dense(statistics, logits, type, 2 * n),
+                                        grad.data,
+                                        grad.stride,
+                                        wants_logits ? grad_logits.data_ptr() : nullptr,
+                                        wants_temperature ? grad_temperature.data_ptr() : nullptr};
   BMTARD_LAUNCH(softmax_entropy_backward, logits, args);
   return {grad_logits, grad_temperature};
 }
@@ -281,8 +285,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bisect_temperature(
                              static_cast<int32_t*>(iterations.data_ptr()),
                              nullptr};
   const size_t bytes = BMTARD_WORKSPACE(bisect_temperature, logits, args);
-  const Tensor workspace =
-      empty<1>({static_cast<int64_t>(bytes)}, ScalarType::Byte, logits);
+  const Tensor workspace = empty<1>({static_cast<int64_t>(bytes)}, ScalarType::Byte, logits);
   args.workspace = workspace.data_ptr();
   BMTARD_LAUNCH(bisect_temperature, logits, args);
   return {temperature, entropy, slope, status, iterations};
@@ -294,11 +297,11 @@ struct Pairs {
   int32_t teachers_count;
 
   Pairs(const Tensors& student, const Tensors& teacher) {
-    STD_TORCH_CHECK(!student.empty() && !teacher.empty() && student.size() <= kMaxTeachers &&
-                        teacher.size() <= kMaxTeachers &&
-                        (student.size() == teacher.size() || student.size() == 1 ||
-                         teacher.size() == 1),
-                    "expected 1 or K student and teacher logits, K <= ", kMaxTeachers);
+    STD_TORCH_CHECK(
+        !student.empty() && !teacher.empty() && student.size() <= kMaxTeachers &&
+            teacher.size() <= kMaxTeachers &&
+            (student.size() == teacher.size() || student.size() == 1 || teacher.size() == 1),
+        "expected 1 or K student and teacher logits, K <= ", kMaxTeachers);
     for (const Tensor& s : student) {
       check_like(s, student[0]);
       students.emplace_back(s);
@@ -379,10 +382,10 @@ std::tuple<Tensor, Tensor, Tensor> multi_teacher_kl_backward(
   args.coefficient_row_stride = grad_kl.stride(1);
   args.student_shared = student.size() == 1 && count > 1;
   args.teacher_shared = teacher.size() == 1 && count > 1;
-  Tensor grad_students = gradients(wants_students, static_cast<int64_t>(student.size()), first,
-                                   args.grad_student);
-  Tensor grad_teachers = gradients(wants_teachers, static_cast<int64_t>(teacher.size()), first,
-                                   args.grad_teacher);
+  Tensor grad_students =
+      gradients(wants_students, static_cast<int64_t>(student.size()), first, args.grad_student);
+  Tensor grad_teachers =
+      gradients(wants_teachers, static_cast<int64_t>(teacher.size()), first, args.grad_teacher);
   Tensor grad_temperature = empty<2>({wants_temperature ? count : 0, n}, type, first);
   args.grad_temperature = wants_temperature ? grad_temperature.data_ptr() : nullptr;
   BMTARD_LAUNCH(multi_teacher_kl_backward, first, args);
@@ -392,8 +395,8 @@ std::tuple<Tensor, Tensor, Tensor> multi_teacher_kl_backward(
 std::tuple<Tensor, Tensor> bmtard_loss(
     const Tensors& student, const Tensors& teacher, const Tensor& temperatures,
     const Tensor& weights, const Tensor& initial_losses, const Tensor& entropies,
-    const Tensor& losses, const Tensor& temperature_lr, const Tensor& weight_lr,
-    const Tensor& step, const Tensor& status, bool update, bool sign, double low, double high,
+    const Tensor& losses, const Tensor& temperature_lr, const Tensor& weight_lr, const Tensor& step,
+    const Tensor& status, bool update, bool sign, double low, double high,
     double temperature_momentum, double loss_exponent, double student_temperature, double eps,
     double scale, double tolerance, int64_t max_iterations, bool wants_grad) {
   const Pairs pairs(student, teacher);
@@ -434,8 +437,8 @@ std::tuple<Tensor, Tensor> bmtard_loss(
   args.max_iterations = static_cast<int32_t>(max_iterations);
   Tensor loss = empty<0>({}, accumulation_type(first), first);
   args.loss = loss.data_ptr();
-  Tensor grads = gradients(wants_grad ? (int64_t{1} << count) - 1 : 0, count, first,
-                           args.grad_student);
+  Tensor grads =
+      gradients(wants_grad ? (int64_t{1} << count) - 1 : 0, count, first, args.grad_student);
   const size_t bytes = BMTARD_WORKSPACE(bmtard_loss, first, args);
   const Tensor workspace = empty<1>({static_cast<int64_t>(bytes)}, ScalarType::Byte, first);
   args.workspace = workspace.data_ptr();
@@ -467,8 +470,8 @@ bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-void pgd_step_(Tensor x_adv, const Tensor& grad, const Tensor& x, double step_size,
-               double epsilon, double low, double high, bool l2) {
+void pgd_step_(Tensor x_adv, const Tensor& grad, const Tensor& x, double step_size, double epsilon,
+               double low, double high, bool l2) {
   for (const Tensor& other : {grad, x}) {
     STD_TORCH_CHECK(other.dim() == x_adv.dim() && other.dim() > 0 &&
                         other.scalar_type() == x_adv.scalar_type() &&
@@ -551,15 +554,15 @@ STABLE_TORCH_LIBRARY(bmtard, m) {
       "float low, float high, bool l2) -> ()");
 }
 
-#define BMTARD_IMPLEMENT(key)                                                       \
-  STABLE_TORCH_LIBRARY_IMPL(bmtard, key, m) {                                       \
-    m.impl("softmax_entropy", TORCH_BOX(&bmtard::softmax_entropy));                 \
-    m.impl("softmax_entropy_backward", TORCH_BOX(&bmtard::softmax_entropy_backward)); \
-    m.impl("bisect_temperature", TORCH_BOX(&bmtard::bisect_temperature));           \
-    m.impl("multi_teacher_kl", TORCH_BOX(&bmtard::multi_teacher_kl));               \
+#define BMTARD_IMPLEMENT(key)                                                           \
+  STABLE_TORCH_LIBRARY_IMPL(bmtard, key, m) {                                           \
+    m.impl("softmax_entropy", TORCH_BOX(&bmtard::softmax_entropy));                     \
+    m.impl("softmax_entropy_backward", TORCH_BOX(&bmtard::softmax_entropy_backward));   \
+    m.impl("bisect_temperature", TORCH_BOX(&bmtard::bisect_temperature));               \
+    m.impl("multi_teacher_kl", TORCH_BOX(&bmtard::multi_teacher_kl));                   \
     m.impl("multi_teacher_kl_backward", TORCH_BOX(&bmtard::multi_teacher_kl_backward)); \
-    m.impl("bmtard_loss", TORCH_BOX(&bmtard::bmtard_loss));                         \
-    m.impl("pgd_step_", TORCH_BOX(&bmtard::pgd_step_));                             \
+    m.impl("bmtard_loss", TORCH_BOX(&bmtard::bmtard_loss));                             \
+    m.impl("pgd_step_", TORCH_BOX(&bmtard::pgd_step_));                                 \
   }
 BMTARD_IMPLEMENT(CPU)
 #if defined(BMTARD_CUDA)

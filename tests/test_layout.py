@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import those of its own row and of the rows above it.
 LAYERS = [
     {"types", "_library", "extras"},
-    {"reference"},
+    {"reference", "_fakes"},
     {"ops"},
     {"balance", "losses", "attacks", "dropin"},
     {"models", "data"},

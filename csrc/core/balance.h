@@ -9,9 +9,8 @@ BMTARD_NAMESPACE_BEGIN
 
 // Normalization Loss Balance: each weight moves towards its teacher's share of the relative
 // losses r_k = (L_k / L0_k) ** exponent, then all are scaled to sum 1.
-BMTARD_HD void balance_weights(int32_t teachers, const double* losses,
-                               const double* initial_losses, double weight_lr, double exponent,
-                               double* weights) {
+BMTARD_HD void balance_weights(int32_t teachers, const double* losses, const double* initial_losses,
+                               double weight_lr, double exponent, double* weights) {
   using std::pow;
   double relative[kMaxTeachers];
   double total = 0;

@@ -83,8 +83,7 @@ BMTARD_HD EntropyDerivatives<real> derivatives_of(EntropyMoments<real> sums) {
   const real mean = sums.s1 / sums.s0;
   const real second = sums.s2 / sums.s0;
   const real variance = second - mean * mean;
-  const real third =
-      sums.s3 / sums.s0 - mean * (real(3) * second - real(2) * mean * mean);
+  const real third = sums.s3 / sums.s0 - mean * (real(3) * second - real(2) * mean * mean);
   return {log(sums.s0) - mean, select(variance < real(0), real(0), variance), third};
 }
 

@@ -5,7 +5,8 @@
 //   x <- x - 2 F g1 / (2 g1^2 - F g2),  F = G - G*,  g1 = dG/dx,  g2 = d2G/dx2.
 // The entropy grows with the temperature, so every evaluation tightens a bracket; a step
 // that leaves it, is not finite, or follows one that did not halve the error is replaced by
-// bisection in x, or by a leap while the bracket has an open end. Prior art: Vladymyrov and Carreira-Perpinan, ICML 2013, entropic affinities.
+// bisection in x, or by a leap while the bracket has an open end. Prior art: Vladymyrov and
+// Carreira-Perpinan, ICML 2013, entropic affinities.
 #pragma once
 
 #include "../kernels.h"
@@ -41,8 +42,8 @@ struct TemperatureSearch {
   int32_t max_iterations;
   SearchMethod method;
   // State.
-  real temperature;       // to evaluate next; once done, the result
-  real kept;              // returned where the entropy decides nothing
+  real temperature;  // to evaluate next; once done, the result
+  real kept;         // returned where the entropy decides nothing
   real bracket_low, bracket_high;
   bool low_known, high_known;  // the bracket's end has been evaluated
   real previous_error;
@@ -124,9 +125,9 @@ struct TemperatureSearch {
     const real room = log_count - found.entropy;
     const real q = 1 / found.entropy + 1 / room;
     const real g1 = found.variance * q;
-    const real g2 = -(2 * found.variance + found.third_moment) * q +
-                    found.variance * found.variance *
-                        (1 / (room * room) - 1 / (found.entropy * found.entropy));
+    const real g2 =
+        -(2 * found.variance + found.third_moment) * q +
+        found.variance * found.variance * (1 / (room * room) - 1 / (found.entropy * found.entropy));
     const real goal = log_count - target;  // <= 0: beyond every temperature
     real next = high;
     if (goal > real(0)) {

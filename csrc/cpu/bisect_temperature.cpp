@@ -19,8 +19,8 @@ TemperatureSearch<double> new_search(const BisectTemperatureArgs& args, int64_t 
   search.max_iterations = args.max_iterations;
   search.method = args.method;
   if (args.initial) {
-    const double initial = static_cast<double>(
-        static_cast<const real*>(args.initial)[row * args.initial_stride]);
+    const double initial =
+        static_cast<double>(static_cast<const real*>(args.initial)[row * args.initial_stride]);
     search.start(initial, initial);
   } else {
     search.start(initial_temperature(range, search.target, args.low, args.high), 1.0);
@@ -85,9 +85,8 @@ void bisect_temperature(const BisectTemperatureArgs& args, ParallelFor parallel_
     using scalar = typename decltype(type)::type;
     if (!args.per_sample) return batch_mean<scalar>(args, parallel_for);
     // A search takes about five passes over its row.
-    for_rows(parallel_for, args.rows, 5 * args.classes, [&](int64_t begin, int64_t end) {
-      each_row<scalar>(args, begin, end);
-    });
+    for_rows(parallel_for, args.rows, 5 * args.classes,
+             [&](int64_t begin, int64_t end) { each_row<scalar>(args, begin, end); });
   });
 }
 

@@ -11,10 +11,10 @@ namespace {
 template <typename scalar>
 struct Workspace {
   using real = acc_t<scalar>;
-  double* parts;  // [3, N]
-  double* kl;     // [K, N]
-  double* entropy;  // [K, N]
-  real* max;      // [K, N], of the teachers
+  double* parts;     // [3, N]
+  double* kl;        // [K, N]
+  double* entropy;   // [K, N]
+  real* max;         // [K, N], of the teachers
   real* difference;  // [K, N, C], q - p, where the gradients themselves are of half type
 
   explicit Workspace(const BMTARDLossArgs& args) {
@@ -107,8 +107,8 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
   const real gradient_scale = static_cast<real>(args.scale / args.student_temperature);
   // q - p of the row goes where its gradient will be, or beside it where that is a half type.
   const auto difference_of = [&](int32_t k, int64_t r) {
-    real* base = is_half ? work.difference + k * rows * classes
-                         : static_cast<real*>(args.grad_student[k]);
+    real* base =
+        is_half ? work.difference + k * rows * classes : static_cast<real*>(args.grad_student[k]);
     return base + r * classes;
   };
   // The published entropies, of mode "sign", have eps inside the logarithm too.
@@ -224,9 +224,8 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
 }  // namespace
 
 void bmtard_loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
-  with_type(args.dtype, [&](auto type) {
-    loss<typename decltype(type)::type>(args, parallel_for);
-  });
+  with_type(args.dtype,
+            [&](auto type) { loss<typename decltype(type)::type>(args, parallel_for); });
 }
 
 BMTARD_NAMESPACE_END

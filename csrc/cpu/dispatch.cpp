@@ -68,8 +68,8 @@ size_t bisect_temperature_workspace(const BisectTemperatureArgs& args) {
 size_t bmtard_loss_workspace(const BMTARDLossArgs& args) {
   const size_t rows = static_cast<size_t>(args.rows);
   const size_t all = rows * static_cast<size_t>(args.teachers);
-  size_t bytes = 3 * rows * sizeof(double) + 2 * all * sizeof(double) +
-                 all * accumulation_size(args.dtype);
+  size_t bytes =
+      3 * rows * sizeof(double) + 2 * all * sizeof(double) + all * accumulation_size(args.dtype);
   const bool is_half = args.dtype == DataType::kBFloat16 || args.dtype == DataType::kFloat16;
   if (is_half && args.grad_student[0]) {
     bytes += all * static_cast<size_t>(args.classes) * sizeof(float);

@@ -49,12 +49,12 @@ void forward_columns(const MultiTeacherKLArgs& args, int64_t begin, int64_t end)
     for_groups<real>(begin, end, [&](int64_t r, int n) {
       load_columns<scalar>(args.student[k], r, n, args.classes, student);
       load_columns<scalar>(args.teacher[k], r, n, args.classes, teacher);
-      write<real>(args, k, r, n,
-                  teacher_kl_columns<real>(
-                      student, teacher, args.classes,
-                      static_cast<real>(1.0 / args.student_temperature),
-                      teacher_scale<real>(args, k), static_cast<real>(args.eps), args.eps != 0,
-                      args.statistics != nullptr));
+      write<real>(
+          args, k, r, n,
+          teacher_kl_columns<real>(student, teacher, args.classes,
+                                   static_cast<real>(1.0 / args.student_temperature),
+                                   teacher_scale<real>(args, k), static_cast<real>(args.eps),
+                                   args.eps != 0, args.statistics != nullptr));
     });
   }
 }
@@ -160,8 +160,7 @@ void multi_teacher_kl(const MultiTeacherKLArgs& args, ParallelFor parallel_for) 
   });
 }
 
-void multi_teacher_kl_backward(const MultiTeacherKLBackwardArgs& args,
-                               ParallelFor parallel_for) {
+void multi_teacher_kl_backward(const MultiTeacherKLBackwardArgs& args, ParallelFor parallel_for) {
   with_type(args.dtype, [&](auto type) {
     using scalar = typename decltype(type)::type;
     for_rows(parallel_for, args.rows, 2 * args.teachers * args.classes,

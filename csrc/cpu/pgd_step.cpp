@@ -40,11 +40,10 @@ struct Images {
       V sum = real(0);
       for (int64_t j = start; j < stop; j += V::size) {
         const int n = stop - j < V::size ? static_cast<int>(stop - j) : V::size;
-        const V value = n == V::size
-                            ? f(load(x_adv + j), load(grad + j), load(x + j))
-                            : f(load_partial(x_adv + j, n, real(0)),
-                                load_partial(grad + j, n, real(0)),
-                                load_partial(x + j, n, real(0)));
+        const V value =
+            n == V::size ? f(load(x_adv + j), load(grad + j), load(x + j))
+                         : f(load_partial(x_adv + j, n, real(0)),
+                             load_partial(grad + j, n, real(0)), load_partial(x + j, n, real(0)));
         sum = sum + value * value;
       }
       total += static_cast<double>(reduce_add(sum));
@@ -90,9 +89,8 @@ void l2(const PgdStepArgs& args, ParallelFor parallel_for) {
       const auto moved = [&](V x_adv, V grad, V x) {
         return x_adv + select(scale > V(real(0)), scale * grad, V(real(0))) - x;
       };
-      const V projection =
-          l2_projection_scale(images.squared_norm(first, last, moved),
-                              static_cast<real>(args.epsilon));
+      const V projection = l2_projection_scale(images.squared_norm(first, last, moved),
+                                               static_cast<real>(args.epsilon));
       images.update(first, last, [&](V x_adv, V grad, V x) {
         return clamped(x + projection * moved(x_adv, grad, x), low, high);
       });

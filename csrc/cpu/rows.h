@@ -122,7 +122,7 @@ BMTARD_HD acc_t<scalar> row_max(const scalar* row, int64_t count) {
 // `fields` of its values are added up.
 template <template <typename> class Sums, typename scalar>
 BMTARD_HD Sums<double> row_sums(const scalar* row, int64_t count, acc_t<scalar> max,
-                             acc_t<scalar> scale) {
+                                acc_t<scalar> scale) {
   using real = acc_t<scalar>;
   using V = Vec<real>;
   constexpr int fields = sizeof(Sums<double>) / sizeof(double);
@@ -148,7 +148,7 @@ constexpr int64_t kMaxColumns = 32;
 // Columns of up to Vec::size rows: value j of row i at [j * size + i]. Missing rows are 0.
 template <typename scalar>
 BMTARD_HD void load_columns(const Matrix& matrix, int64_t row, int n, int64_t classes,
-                         acc_t<scalar>* columns) {
+                            acc_t<scalar>* columns) {
   using real = acc_t<scalar>;
   constexpr int size = Vec<real>::size;
   real line[kMaxColumns + size];
@@ -170,7 +170,8 @@ BMTARD_HD void store_columns(scalar* rows, int n, int64_t classes, const acc_t<s
   real line[kMaxColumns + size];
   for (int i = 0; i < n; ++i) {
     for (int64_t j = 0; j < classes; ++j) line[j] = columns[j * size + i];
-    for (int64_t j = 0; j < classes; j += size) store_at(rows + i * classes, j, classes, load(line + j));
+    for (int64_t j = 0; j < classes; j += size)
+      store_at(rows + i * classes, j, classes, load(line + j));
   }
 }
 
@@ -204,7 +205,7 @@ BMTARD_HD Vec<real> column_max(const real* columns, int64_t classes) {
 // row_sums() of each lane's row.
 template <template <typename> class Sums, typename real>
 BMTARD_HD Sums<Vec<real>> column_sums(const real* columns, int64_t classes, Vec<real> max,
-                                   Vec<real> scale) {
+                                      Vec<real> scale) {
   using V = Vec<real>;
   Sums<V> sums;
   V* values = reinterpret_cast<V*>(&sums);

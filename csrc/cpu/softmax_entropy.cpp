@@ -67,15 +67,13 @@ void backward_rows(const SoftmaxEntropyBackwardArgs& args, int64_t begin, int64_
     if (args.grad_logits) {
       scalar* out = static_cast<scalar*>(args.grad_logits) + r * args.classes;
       for_row(row, args.classes, kNegativeInfinity<real>, [&](V z, int64_t j) {
-        store_at(out, j, args.classes,
-                 V(grad) * entropy_gradient(log_p(z), entropy, V(scale)));
+        store_at(out, j, args.classes, V(grad) * entropy_gradient(log_p(z), entropy, V(scale)));
       });
     }
     if (args.grad_temperature) {
       V variance = real(0);
-      for_row(row, args.classes, kNegativeInfinity<real>, [&](V z, int64_t) {
-        variance = variance + variance_term(log_p(z), entropy);
-      });
+      for_row(row, args.classes, kNegativeInfinity<real>,
+              [&](V z, int64_t) { variance = variance + variance_term(log_p(z), entropy); });
       static_cast<real*>(args.grad_temperature)[r] = grad * scale * reduce_add(variance);
     }
   }
@@ -96,9 +94,8 @@ void softmax_entropy(const SoftmaxEntropyArgs& args, ParallelFor parallel_for) {
 void softmax_entropy_backward(const SoftmaxEntropyBackwardArgs& args, ParallelFor parallel_for) {
   with_type(args.dtype, [&](auto type) {
     using scalar = typename decltype(type)::type;
-    for_rows(parallel_for, args.rows, args.classes, [&](int64_t begin, int64_t end) {
-      backward_rows<scalar>(args, begin, end);
-    });
+    for_rows(parallel_for, args.rows, args.classes,
+             [&](int64_t begin, int64_t end) { backward_rows<scalar>(args, begin, end); });
   });
 }
 

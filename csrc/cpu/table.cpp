@@ -8,9 +8,14 @@ BMTARD_NAMESPACE_BEGIN
 
 extern const cpu::Kernels table;
 const cpu::Kernels table = {
-    BMTARD_NAME(BMTARD_TARGET), softmax_entropy,  softmax_entropy_backward,
-    bisect_temperature,         multi_teacher_kl, multi_teacher_kl_backward,
-    bmtard_loss,                pgd_step,
+    BMTARD_NAME(BMTARD_TARGET),
+    softmax_entropy,
+    softmax_entropy_backward,
+    bisect_temperature,
+    multi_teacher_kl,
+    multi_teacher_kl_backward,
+    bmtard_loss,
+    pgd_step,
 };
 
 BMTARD_NAMESPACE_END

@@ -105,8 +105,7 @@ inline TeacherKL<acc_t<scalar>> teacher_kl(const scalar* student, const scalar* 
 template <typename real>
 inline TeacherKL<Vec<real>> teacher_kl_columns(real* student, real* teacher, int64_t classes,
                                                Vec<real> student_scale, Vec<real> teacher_scale,
-                                               Vec<real> eps, bool has_eps,
-                                               bool wants_center) {
+                                               Vec<real> eps, bool has_eps, bool wants_center) {
   using V = Vec<real>;
   const V zero = real(0);
   const V student_max = column_max(student, classes), teacher_max = column_max(teacher, classes);
@@ -136,8 +135,8 @@ inline TeacherKL<Vec<real>> teacher_kl_columns(real* student, real* teacher, int
                 wants_center);
     }
   }
-  return {terms.kl,    terms.center,    entropy,      terms.entropy, student_max,
-          student_log_sum, teacher_max, teacher_log_sum, student_norm, teacher_norm};
+  return {terms.kl,        terms.center, entropy,         terms.entropy, student_max,
+          student_log_sum, teacher_max,  teacher_log_sum, student_norm,  teacher_norm};
 }
 
 // Room for the exponentials of one student and one teacher row. Freed on the way out; kept out

@@ -64,8 +64,8 @@ inline EntropyDerivatives<double> mean_derivatives(const Matrix& logits, int64_t
       const V scale = static_cast<real>(1.0 / temperature);
       for_groups<real>(begin, end, [&](int64_t r, int n) {
         load_columns<scalar>(logits, r, n, classes, columns);
-        const auto d = derivatives_of(column_sums<EntropyMoments>(
-            columns, classes, column_max(columns, classes), scale));
+        const auto d = derivatives_of(
+            column_sums<EntropyMoments>(columns, classes, column_max(columns, classes), scale));
         for (int i = 0; i < n; ++i) {
           write(r + i, d.entropy.v[i], d.variance.v[i], d.third_moment.v[i]);
         }

@@ -267,7 +267,8 @@ BMTARD_HD Float16 to_float16(float x) {
   bits &= 0x7fffffff;
   if (bits > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
   if (bits >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // rounds to infinity
-  if (bits < 0x38800000) {  // subnormal: adding 0.5 leaves the rounded 2^-24 multiple in the low bits
+  if (bits <
+      0x38800000) {  // subnormal: adding 0.5 leaves the rounded 2^-24 multiple in the low bits
     float magnitude;
     std::memcpy(&magnitude, &bits, sizeof(bits));
     magnitude += 0.5f;
@@ -313,14 +314,14 @@ BMTARD_HD void store_partial(float* p, int n, Vec<float> x) {
   _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)x.v);
 }
 BMTARD_HD Vec<float> load_partial(const BFloat16* p, int n, float fill) {
-  const __m512i w = _mm512_slli_epi32(
-      _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p)), 16);
+  const __m512i w =
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p)), 16);
   return (Vec<float>::native)_mm512_mask_mov_ps(_mm512_set1_ps(fill), first_lanes(n),
                                                 _mm512_castsi512_ps(w));
 }
 BMTARD_HD Vec<float> load_partial(const Float16* p, int n, float fill) {
-  return (Vec<float>::native)_mm512_mask_cvtph_ps(
-      _mm512_set1_ps(fill), first_lanes(n), _mm256_maskz_loadu_epi16(first_lanes(n), p));
+  return (Vec<float>::native)_mm512_mask_cvtph_ps(_mm512_set1_ps(fill), first_lanes(n),
+                                                  _mm256_maskz_loadu_epi16(first_lanes(n), p));
 }
 BMTARD_HD void store_partial(Float16* p, int n, Vec<float> x) {
   _mm256_mask_storeu_epi16(p, first_lanes(n),
