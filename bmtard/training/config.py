@@ -198,6 +198,8 @@ class TrainConfig:
     """steps between two lines of metrics.jsonl; only then are device values read"""
     checkpoint_every: int = 1
     """epochs between two checkpoints"""
+    tensorboard: bool = False
+    """also write TensorBoard files, into a folder tensorboard in the output folder"""
     max_skipped: float = 0.1
     """part of an epoch's steps that may be skipped for a non-finite loss before it is an error"""
 
