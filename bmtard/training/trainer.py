@@ -21,9 +21,13 @@ from bmtard.training.metrics import Display, MetricsLog, Progress
 
 # What may differ between a run and its continuation without changing its numbers.
 _FREE_FIELDS = {
-    "data_dir", "teacher_clean", "teacher_robust", "device", "output", "resume", "test_attacks",
-    "log_every", "checkpoint_every", "max_skipped", "tensorboard",
+    "data_dir", "teacher_clean", "teacher_robust", "device", "output", "overwrite", "resume",
+    "test_attacks", "log_every", "checkpoint_every", "max_skipped", "tensorboard",
 }  # fmt: skip
+
+
+class NonFiniteLossError(RuntimeError):
+    """Too many steps of an epoch had a loss or gradient that was not finite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +54,12 @@ class Trainer:
         self, config: TrainConfig, progress: Progress, data: ImageData | None = None
     ) -> None:
         """``data``: already loaded, else by ``config.data``."""
-        self.config, self.progress = config, progress
+        self.config, self.progress, self.folder = config, progress, config.folder
+        if (self.folder / "last.pt").exists() and not (config.resume or config.overwrite):
+            raise ValueError(
+                f"{self.folder} already holds a run: resume it, overwrite it, or choose another "
+                "output"
+            )
         self.device = resolve_device(config.device)
         data = data or load(config.data, config.data_dir)
         self.validation: tuple[Tensor, Tensor] | None = None
@@ -120,18 +129,18 @@ class Trainer:
         started = time.perf_counter()
         title = f"{config.method} {config.model} on {config.data}, seed {config.seed}"
         log = MetricsLog(
-            config.output,
+            self.folder,
             resume_step=self.step if config.resume else None,
             tensorboard=config.tensorboard,
         )
-        (config.output / "config.json").write_text(json.dumps(to_plain(config), indent=2) + "\n")
+        (self.folder / "config.json").write_text(json.dumps(to_plain(config), indent=2) + "\n")
         self.progress.begin(title, config.epochs, self.epoch)
         try:
             while self.epoch < config.epochs:
                 self.progress.advance(self._train_epoch(log))
                 if self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs:
-                    checkpoint.save(config.output / "last.pt", self.state())
-            chosen = config.output / ("best.pt" if self.validation else "last.pt")
+                    checkpoint.save(self.folder / "last.pt", self.state())
+            chosen = self.folder / ("best.pt" if self.validation else "last.pt")
             network = self.network
             if self.validation:
                 network = checkpoint.load_network(chosen, self.device)[0]
@@ -148,7 +157,7 @@ class Trainer:
             "checkpoint": str(chosen),
             "seconds": seconds,
         }
-        (config.output / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (self.folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
         numbers = ", ".join(f"{name} {100 * value:.1f} %" for name, value in results.items())
         self.progress.end(f"{numbers} ({seconds:.0f} s)")
         return TrainResult(checkpoint=chosen, accuracy=results, seconds=seconds)
@@ -208,7 +217,7 @@ class Trainer:
         self.epoch += 1
         loss_sum, good, bad = totals
         if bad > config.max_skipped * steps:
-            raise RuntimeError(
+            raise NonFiniteLossError(
                 f"epoch {self.epoch}: {bad:.0f} of {steps} steps had a non-finite loss or gradient "
                 f"and were skipped, more than max_skipped={config.max_skipped} allows; a lower "
                 f"optimizer.lr than {config.optimizer.lr} may help"
@@ -250,7 +259,7 @@ class Trainer:
         score = weighted(results)["pgd-sat"]
         if score > self.best:
             self.best = score
-            checkpoint.save(self.config.output / "best.pt", self.state())
+            checkpoint.save(self.folder / "best.pt", self.state())
         return {**results, "weighted": score}
 
     def state(self) -> dict[str, Any]:
@@ -272,7 +281,7 @@ class Trainer:
         }
 
     def _resume(self) -> None:
-        path = self.config.output / "last.pt"
+        path = self.folder / "last.pt"
         state = checkpoint.load(path)
         now, then = to_plain(self.config), state["config"]
         if changed := [n for n in now if n not in _FREE_FIELDS and now[n] != then.get(n)]:
