@@ -156,7 +156,7 @@ def fgsm(
 
 
 def check_images(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
-    """Raises ValueError unless every value of ``x`` is finite and inside ``bounds``. Synchronises."""
+    """Raises ValueError unless all of ``x`` is finite and inside ``bounds``. Synchronises."""
     low, high = (float(value) for value in x.aminmax())
     if not (bounds[0] <= low and high <= bounds[1]):
         raise ValueError(

@@ -11,7 +11,6 @@ from typing import Annotated
 from bmtard.extras import import_extra
 
 
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. Errors of the user are one line on stderr."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)

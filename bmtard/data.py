@@ -14,6 +14,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,9 @@ def load_mnist(folder: Path) -> ImageData:
     for split, prefix in (("train", "train"), ("test", "t10k")):
         for kind, rank in (("images", 3), ("labels", 1)):
             name = f"{prefix}-{kind}-idx{rank}-ubyte"
-            path = _find(folder, [f"{sub}{name}{end}" for sub in ("", "mnist/") for end in ("", ".gz")])
+            path = _find(
+                folder, [f"{sub}{name}{end}" for sub in ("", "mnist/") for end in ("", ".gz")]
+            )
             arrays[f"{split}_{kind}"] = _read_idx(path, rank)
     return ImageData(
         name="mnist",
@@ -347,12 +350,12 @@ def _read_cifar_binary(path: Path, labels: str) -> np.ndarray:
 class _ArrayUnpickler(pickle.Unpickler):
     """Reads the CIFAR pickles and refuses every class that they do not need."""
 
-    _allowed = {
+    _allowed = (
         ("numpy.core.multiarray", "_reconstruct"),
         ("numpy._core.multiarray", "_reconstruct"),
         ("numpy", "ndarray"),
         ("numpy", "dtype"),
-    }
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._allowed:
@@ -396,7 +399,7 @@ def _load_jpeg_npz(name: str, path: Path, test: str) -> ImageData:
         splits: dict[str, tuple[Tensor, Tensor]] = {}
         for split in ("train", test):
             joined, offset = arrays[f"{split}_jpeg"].tobytes(), arrays[f"{split}_offset"].tolist()
-            files = [joined[a:b] for a, b in zip(offset[:-1], offset[1:], strict=True)]
+            files = [joined[a:b] for a, b in pairwise(offset)]
             labels = torch.from_numpy(arrays[f"y_{split}"].astype(np.int64))
             splits[split] = (_decode(files), labels)
         num_classes = len(arrays["class_names"])

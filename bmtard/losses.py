@@ -14,6 +14,7 @@ already has its forward passes. What each docstring names, because results depen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -204,8 +205,8 @@ def adaad_loss(
 ) -> Tensor:
     """alpha KL(T(x') || S(x')) + (1 - alpha) KL(T(x) || S(x)) (Huang et al., CVPR 2023).
 
-    reduction: "mean" (by N * C) in the CIFAR-10 code, "batchmean" in the CIFAR-100 code. Its attack,
-    :func:`bmtard.attacks.kl_from_model`, does send gradient through the teacher.
+    reduction: "mean" (by N * C) in the CIFAR-10 code, "batchmean" in the CIFAR-100 code. The
+    attack, :func:`bmtard.attacks.kl_from_model`, does send gradient through the teacher.
     """
     loss = alpha * _kl(
         student_adversarial_logits, teacher_adversarial_logits.detach(), reduction=reduction
@@ -241,7 +242,7 @@ def mtard_loss(
     )
 
 
-def _kl(student_logits: Tensor, target_logits: Tensor, **options: object) -> Tensor:
+def _kl(student_logits: Tensor, target_logits: Tensor, **options: Any) -> Tensor:
     """One divergence, KL(target || student), as a scalar."""
     return multi_teacher_kl(student_logits, target_logits, **options)[0]
 

@@ -42,7 +42,7 @@ MODEL_NAMES = (
 
 
 class Normalize(nn.Module):
-    """``(x - mean) / std`` per channel, then the network: [N, c, h, w] in [0, 1] -> logits [N, C]."""
+    """``(x - mean) / std`` per channel, then the network: [N, c, h, w] to logits [N, C]."""
 
     mean: Tensor
     std: Tensor
@@ -50,7 +50,9 @@ class Normalize(nn.Module):
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if len(mean) != len(std) or not all(s > 0 for s in std):
-            raise ValueError(f"Normalize: need one mean and one std > 0 a channel, got {mean}, {std}")
+            raise ValueError(
+                f"Normalize: need one mean and one std > 0 a channel, got {mean}, {std}"
+            )
         self.network = network
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))

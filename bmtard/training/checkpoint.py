@@ -47,7 +47,9 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_network(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+def load_network(
+    path: Path, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, dict[str, Any]]:
     """The trained network of a checkpoint, frozen and in eval mode, and the whole checkpoint."""
     state = load(path)
     network = build_model(**state["network"])

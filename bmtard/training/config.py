@@ -19,7 +19,7 @@ AttackName = Literal[
 ]
 
 
-def _require(config: object, name: str, condition: bool, wanted: str) -> None:
+def require(config: object, name: str, condition: bool, wanted: str) -> None:
     if not condition:
         value = getattr(config, name)
         raise ValueError(f"{type(config).__name__}: {name} must be {wanted}, got {value!r}")
@@ -43,9 +43,9 @@ class AttackConfig:
     """mode of the student during the attack; the ARD and IAD code has "train" """
 
     def __post_init__(self) -> None:
-        _require(self, "epsilon", 0 < self.epsilon < math.inf, "finite and > 0")
-        _require(self, "step_size", 0 < self.step_size < math.inf, "finite and > 0")
-        _require(self, "steps", self.steps >= 1, ">= 1")
+        require(self, "epsilon", 0 < self.epsilon < math.inf, "finite and > 0")
+        require(self, "step_size", 0 < self.step_size < math.inf, "finite and > 0")
+        require(self, "steps", self.steps >= 1, ">= 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,13 +66,13 @@ class OptimizerConfig:
     """of multistep: factor at each milestone"""
 
     def __post_init__(self) -> None:
-        _require(self, "lr", 0 < self.lr < math.inf, "finite and > 0")
-        _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        _require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "finite and >= 0")
+        require(self, "lr", 0 < self.lr < math.inf, "finite and > 0")
+        require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "finite and >= 0")
         ordered = list(self.milestones) == sorted(self.milestones)
         inside = all(0 <= m <= 1 for m in self.milestones)
-        _require(self, "milestones", ordered and inside, "ascending fractions in [0, 1]")
-        _require(self, "decay", 0 < self.decay <= 1, "in (0, 1]")
+        require(self, "milestones", ordered and inside, "ascending fractions in [0, 1]")
+        require(self, "decay", 0 < self.decay <= 1, "in (0, 1]")
 
     def factor(self, progress: float) -> float:
         """Learning rate / ``lr`` when ``progress``, in [0, 1), of the training is done."""
@@ -108,12 +108,12 @@ class LossConfig:
     the number of classes turns them into means over N (10 in the published CIFAR-100 scripts)"""
 
     def __post_init__(self) -> None:
-        _require(self, "trades_beta", 0 <= self.trades_beta < math.inf, "finite and >= 0")
-        _require(self, "ard_temperature", 0 < self.ard_temperature < math.inf, "finite and > 0")
+        require(self, "trades_beta", 0 <= self.trades_beta < math.inf, "finite and >= 0")
+        require(self, "ard_temperature", 0 < self.ard_temperature < math.inf, "finite and > 0")
         for name in ("ard_alpha", "rslad_adversarial_weight", "adaad_alpha"):
-            _require(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+            require(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
         scale = self.distillation_scale
-        _require(self, "distillation_scale", 0 < scale < math.inf, "finite and > 0")
+        require(self, "distillation_scale", 0 < scale < math.inf, "finite and > 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,12 +137,12 @@ class BalanceConfig:
 
     def __post_init__(self) -> None:
         low, high = self.temperature_bounds
-        _require(self, "temperature_bounds", 0 < low < high < math.inf, "0 < lowest < highest")
-        _require(self, "temperature_lr", 0 <= self.temperature_lr < math.inf, "finite and >= 0")
-        _require(self, "temperature_momentum", 0 <= self.temperature_momentum < 1, "in [0, 1)")
-        _require(self, "weight_lr", 0 <= self.weight_lr <= 1, "in [0, 1]")
-        _require(self, "loss_exponent", 0 < self.loss_exponent < math.inf, "finite and > 0")
-        _require(self, "eps", 0 <= self.eps < 1, "in [0, 1)")
+        require(self, "temperature_bounds", 0 < low < high < math.inf, "0 < lowest < highest")
+        require(self, "temperature_lr", 0 <= self.temperature_lr < math.inf, "finite and >= 0")
+        require(self, "temperature_momentum", 0 <= self.temperature_momentum < 1, "in [0, 1)")
+        require(self, "weight_lr", 0 <= self.weight_lr <= 1, "in [0, 1]")
+        require(self, "loss_exponent", 0 < self.loss_exponent < math.inf, "finite and > 0")
+        require(self, "eps", 0 <= self.eps < 1, "in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,14 +207,14 @@ class TrainConfig:
     """part of an epoch's steps that may be skipped for a non-finite loss before it is an error"""
 
     def __post_init__(self) -> None:
-        _require(self, "data", self.data in LOADERS, f"one of {', '.join(LOADERS)}")
+        require(self, "data", self.data in LOADERS, f"one of {', '.join(LOADERS)}")
         check_model_name(self.model)
         for name in ("epochs", "batch_size", "log_every", "checkpoint_every"):
-            _require(self, name, getattr(self, name) >= 1, ">= 1")
-        _require(self, "crop_padding", self.crop_padding >= 0, ">= 0")
-        _require(self, "seed", 0 <= self.seed < 2**40, "in [0, 2^40)")
-        _require(self, "validation_fraction", 0 <= self.validation_fraction < 1, "in [0, 1)")
-        _require(self, "max_skipped", 0 <= self.max_skipped <= 1, "in [0, 1]")
+            require(self, name, getattr(self, name) >= 1, ">= 1")
+        require(self, "crop_padding", self.crop_padding >= 0, ">= 0")
+        require(self, "seed", 0 <= self.seed < 2**40, "in [0, 2^40)")
+        require(self, "validation_fraction", 0 <= self.validation_fraction < 1, "in [0, 1)")
+        require(self, "max_skipped", 0 <= self.max_skipped <= 1, "in [0, 1]")
 
     @property
     def folder(self) -> Path:
@@ -253,14 +253,14 @@ class EvaluateConfig:
     """JSON file; default: evaluation.json beside the checkpoint"""
 
     def __post_init__(self) -> None:
-        _require(self, "batch_size", self.batch_size >= 1, ">= 1")
-        _require(self, "square_queries", self.square_queries >= 1, ">= 1")
+        require(self, "batch_size", self.batch_size >= 1, ">= 1")
+        require(self, "square_queries", self.square_queries >= 1, ">= 1")
         if self.epsilon is not None:
-            _require(self, "epsilon", 0 < self.epsilon < math.inf, "finite and > 0")
+            require(self, "epsilon", 0 < self.epsilon < math.inf, "finite and > 0")
         if self.limit is not None:
-            _require(self, "limit", self.limit >= 1, ">= 1")
+            require(self, "limit", self.limit >= 1, ">= 1")
         if any(name.startswith("transfer") for name in self.attacks):
-            _require(self, "surrogate", self.surrogate is not None, "a checkpoint for transfer-*")
+            require(self, "surrogate", self.surrogate is not None, "a checkpoint for transfer-*")
 
 
 # temperature_lr: with the published 1e-3 a temperature would move by at most 0.36 in these 360

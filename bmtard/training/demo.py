@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bmtard.extras import import_extra
-from bmtard.training.config import DIGITS, TrainConfig, _require, to_plain
+from bmtard.training.config import DIGITS, MethodName, TrainConfig, require, to_plain
 from bmtard.training.metrics import Display, Progress
 from bmtard.training.report import (
     accuracy_header,
@@ -31,7 +31,7 @@ from bmtard.training.trainer import TrainResult, train
 
 ATTACK = "pgd-sat"
 TEACHER_MODEL = "cnn-16"
-TEACHERS = {"teacher, clean": "natural", "teacher, robust": "sat"}
+TEACHERS: dict[str, MethodName] = {"teacher, clean": "natural", "teacher, robust": "sat"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,9 +48,9 @@ class DemoConfig:
     """folder of report.md, results.json, the pictures and all runs"""
 
     def __post_init__(self) -> None:
-        _require(self, "seeds", self.seeds >= 1, ">= 1")
-        _require(self, "epochs", self.epochs >= 1, ">= 1")
-        _require(self, "workers", self.workers is None or self.workers >= 1, ">= 1")
+        require(self, "seeds", self.seeds >= 1, ">= 1")
+        require(self, "epochs", self.epochs >= 1, ">= 1")
+        require(self, "workers", self.workers is None or self.workers >= 1, ">= 1")
 
 
 def student_configs(base: TrainConfig) -> dict[str, TrainConfig]:
@@ -61,9 +61,7 @@ def student_configs(base: TrainConfig) -> dict[str, TrainConfig]:
         "trades": replace(base, method="trades"),
         "rslad": replace(base, method="rslad"),
         "mtard": replace(base, method="mtard"),
-        "bmtard, sign": replace(
-            base, method="bmtard", balance=replace(base.balance, mode="sign")
-        ),
+        "bmtard, sign": replace(base, method="bmtard", balance=replace(base.balance, mode="sign")),
         "bmtard, bisect": replace(base, method="bmtard"),
     }
 
@@ -139,7 +137,17 @@ def write_report(output: Path, summary: Mapping[str, Any]) -> None:
     plot_accuracy(accuracy, ATTACK, output / "accuracy.png")
     header = accuracy_header(list(next(iter(accuracy.values()))[0]), ATTACK)
     base = summary["config"]
-    attack, rows = base["attack"], [f"- {k}: {v}" for k, v in summary["machine"].items()]
+    attack, optimizer = base["attack"], base["optimizer"]
+    training = (
+        f"{base['epochs']} epochs of batches of {base['batch_size']}, SGD, {optimizer['schedule']} "
+        f"learning rate of at most {optimizer['lr']:g}; the last epoch counts"
+    )
+    attacks = (
+        f"pixels in [0, 1], maximum norm, epsilon {attack['epsilon']:g}, uniform start; in "
+        f"training {attack['steps']} steps of {attack['step_size']:g}, PGD-20 20 of epsilon / 4"
+    )
+    run = f"{summary['workers']} processes, {summary['seconds']:.0f} s, {summary['date']}"
+    step = base["balance"]["temperature_lr"]
     (output / "report.md").write_text(f"""# B-MTARD and its baselines on 8x8 digits
 
 Accuracy in per cent on the test images, mean ± standard deviation over {len(seeds)} seeds (initial
@@ -154,30 +162,26 @@ PGD-20 accuracy.
 
 ![Temperatures, entropies, weights and losses](balance.png)
 
-Thick lines are seed 0, thin lines the others. The clean teacher is the surer one. B-MTARD raises
-its temperature until both teachers' softmax entropies, averaged over a batch, agree: "sign", the
-published rule, in steps of {base["balance"]["temperature_lr"]:g}, "bisect" in each step at once.
-The loss weights start at 1/2 and move towards the teacher from whom the student has learnt less,
-relative to the first step; they come back as the two catch up.
+Thick lines are seed 0, thin lines the other seeds. The clean teacher is the surer one, so B-MTARD
+raises its temperature until the mean softmax entropies of both teachers agree: with "bisect" in
+every step at once, with "sign", the published rule, in steps of {step:g}.
+The loss weights start at 1/2, move towards the teacher from whom the student has learnt less
+since the first step, and turn back as it catches up.
 
 ## How it was measured
 
-- data: scikit-learn's 1,797 scanned digits, two thirds for training, one third for testing
-- teachers: {summary["teacher_model"]}, "clean" trained on clean images, "robust" on PGD images
+- data: the 1,797 scanned digits of scikit-learn, two thirds to train, one third to test
+- teachers: {summary["teacher_model"]}; "clean" trained on clean images, "robust" on PGD images
 - students: {base["model"]}; natural, sat and trades learn from labels, the others from teachers
-- all: {base["epochs"]} epochs, batch {base["batch_size"]}, SGD, {base["optimizer"]["schedule"]}
-  learning rate up to {base["optimizer"]["lr"]:g}; the last epoch counts
-- attacks: epsilon = {attack["epsilon"]:g} in the maximum norm, pixels in [0, 1]; training
-  {attack["steps"]} steps of {attack["step_size"]:g}; PGD-20 20 steps of epsilon / 4 from a
-  uniform start
-- command: `{summary["command"]}`, {summary["workers"]} processes, {summary["seconds"]:.0f} s
-- date: {summary["date"]}
-{chr(10).join(rows)}
+- training: {training}
+- attacks: {attacks}
+- command: `{summary["command"]}`, {run}
+{chr(10).join(f"- {name}: {value}" for name, value in summary["machine"].items())}
 
-All settings and every single result are in results.json. One run again:
+All settings and every single result are in results.json. To train one of them alone:
 `bmtard train digits --method bmtard --teacher-clean CHECKPOINT --teacher-robust CHECKPOINT`.
-These are tiny networks on tiny images: the table shows how the methods trade clean against robust
-accuracy, not what they reach on CIFAR.
+These are tiny networks on tiny images: the table shows how the methods trade clean for robust
+accuracy, not what they reach on larger data.
 """)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmtard.attacks import autoattack, check_images, pgd, square
+from bmtard.attacks import Norm, autoattack, check_images, pgd, square
 from bmtard.data import Batches, load
 from bmtard.training.checkpoint import load_network
 from bmtard.training.config import EvaluateConfig, to_plain
@@ -34,7 +34,7 @@ def accuracies(
     *,
     attacks: Sequence[str],
     epsilon: float,
-    norm: str = "linf",
+    norm: Norm = "linf",
     max_value: int = 255,
     batch_size: int = 250,
     device: torch.device | str = "cpu",
@@ -99,14 +99,15 @@ def evaluate(
     surrogate = load_network(config.surrogate, device)[0] if config.surrogate else None
     trained = state["config"]
     data = load(trained["data"], config.data_dir or trained["data_dir"])
-    config = replace(config, epsilon=config.epsilon or trained["attack"]["epsilon"])
+    epsilon: float = config.epsilon or trained["attack"]["epsilon"]
+    config = replace(config, epsilon=epsilon)
     started = time.perf_counter()
     results = accuracies(
         network,
         data.test_images[: config.limit],
         data.test_labels[: config.limit],
         attacks=config.attacks,
-        epsilon=config.epsilon,
+        epsilon=epsilon,
         norm=config.norm,
         max_value=data.max_value,
         batch_size=config.batch_size,

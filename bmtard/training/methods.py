@@ -174,7 +174,7 @@ class MTARD(Method):
     """Two teachers at temperature 1, weighted by :class:`bmtard.NormalizationLossBalance`."""
 
     needs = ("robust", "clean")
-    balance: BMTARDLoss | NormalizationLossBalance
+    balance: NormalizationLossBalance | BMTARDLoss
 
     def __init__(self, config: TrainConfig, teachers: dict[str, nn.Module]) -> None:
         super().__init__(config, teachers)

@@ -23,7 +23,7 @@ class MetricsLog:
             lines = self.path.read_text().splitlines(keepends=True)
             kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= resume_step]
         self.path.write_text("".join(kept))
-        self._file = open(self.path, "a")
+        self._file = open(self.path, "a")  # noqa: SIM115 (open for the whole run)
         self._writer = None
         if tensorboard:
             module = import_extra("torch.utils.tensorboard", "train")

@@ -49,6 +49,8 @@ def plot_balance(runs: Mapping[str, Sequence[Path]], output: Path) -> None:
                         epochs,
                         [row[name][k] for row in rows],
                         color=COLORS[k],
+                        # Balanced entropies lie on top of each other.
+                        linestyle="--" if k == 1 and name == "entropies" else "-",
                         linewidth=1.8 if index == 0 else 0.8,
                         alpha=1.0 if index == 0 else 0.35,
                         label=role if index == 0 else None,
@@ -78,9 +80,18 @@ def plot_accuracy(
         figsize=(7.5, 5.5), layout="constrained"
     )
     axis = figure.subplots()
-    for name, seeds in results.items():
-        clean = mean_std([100 * seed["clean"] for seed in seeds])
-        robust = mean_std([100 * seed[attack] for seed in seeds])
+    points = {
+        name: (
+            mean_std([100 * seed["clean"] for seed in seeds]),
+            mean_std([100 * seed[attack] for seed in seeds]),
+        )
+        for name, seeds in results.items()
+    }
+    best = max(robust[0] for _, robust in points.values())
+    # Networks without any robustness would squeeze the others together.
+    shown = {name: point for name, point in points.items() if point[1][0] >= best / 4}
+    for index, name in enumerate(sorted(shown, key=lambda name: shown[name][0])):
+        clean, robust = shown[name]
         teacher, ours = name.startswith("teacher"), name.startswith("bmtard")
         axis.errorbar(
             clean[0],
@@ -93,11 +104,17 @@ def plot_accuracy(
             linewidth=1,
             color="0.55" if teacher else (COLORS[0] if ours else COLORS[1]),
         )
-        axis.annotate(name, (clean[0], robust[0]), xytext=(7, 5), textcoords="offset points")
+        axis.annotate(
+            name,
+            (clean[0], robust[0]),
+            xytext=(5, 8 if index % 2 else -9),
+            textcoords="offset points",
+            va="center",
+        )
     left, right = axis.get_xlim()
     bottom, top = axis.get_ylim()
     right = max(right, left + 1.15 * (right - left))
-    for level in range(10, 100, 5):
+    for level in range(5, 100):
         axis.plot(
             [left, right], [2 * level - left, 2 * level - right], color="0.85", lw=0.8, zorder=0
         )
@@ -109,7 +126,14 @@ def plot_accuracy(
     axis.set_ylim(bottom, top)
     axis.set_xlabel("clean accuracy (%)")
     axis.set_ylabel(f"accuracy under {ATTACK_TITLES.get(attack, attack)} (%)")
-    axis.set_title("grey lines: equal weighted robust accuracy", fontsize=9, color="0.4")
+    notes = ["grey lines: equal weighted robust accuracy"]
+    if hidden := [
+        f"{name} ({clean[0]:.1f}, {robust[0]:.1f})"
+        for name, (clean, robust) in points.items()
+        if name not in shown
+    ]:
+        notes.append(f"not shown: {', '.join(hidden)}")
+    axis.set_title("\n".join(notes), fontsize=9, color="0.4")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=120)
 

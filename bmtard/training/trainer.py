@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,10 +87,9 @@ class Trainer:
             "mean": mean,
             "std": std,
         }
-        memory_format = torch.channels_last if config.channels_last else torch.preserve_format
-        self.network = build_model(**self.network_options).to(
-            self.device, memory_format=memory_format
-        )
+        self.network = build_model(**self.network_options).to(self.device)
+        if config.channels_last:
+            self.network.to(memory_format=torch.channels_last)
         self.method = self._build_method()
         self.optimizer = torch.optim.SGD(
             self.network.parameters(),
@@ -106,7 +105,9 @@ class Trainer:
         self.epoch, self.step, self.best = 0, 0, -1.0
         if config.resume:
             self._resume()
-        self.student: nn.Module = torch.compile(self.network) if config.compile else self.network
+        self.student: nn.Module = self.network
+        if config.compile:
+            self.student = cast(nn.Module, torch.compile(self.network))
 
     def _build_method(self) -> Method:
         teachers: dict[str, nn.Module] = {}
@@ -242,7 +243,8 @@ class Trainer:
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         loss = loss.detach()
         skipped = ~(torch.nn.utils.get_total_norm(gradients) + loss).isfinite()
-        self.optimizer.found_inf = skipped.float()  # read by the fused step, as in GradScaler
+        # The fused step reads this attribute; torch.amp.GradScaler sets it in the same way.
+        self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         for buffer, before in zip(buffers, kept, strict=True):
             buffer.copy_(torch.where(skipped, before, buffer))
