@@ -13,7 +13,7 @@ from bmtard import losses
 from bmtard.attacks import AttackLoss, cross_entropy, kl_from, kl_from_model, pgd
 from bmtard.balance import BMTARDLoss, NormalizationLossBalance
 from bmtard.ops import multi_teacher_kl
-from bmtard.training.config import TrainConfig
+from bmtard.training.config import BalanceConfig, TrainConfig
 
 Network = Callable[[Tensor], Tensor]
 
@@ -174,11 +174,13 @@ class MTARD(Method):
     """Two teachers at temperature 1, weighted by :class:`bmtard.NormalizationLossBalance`."""
 
     needs = ("robust", "clean")
-    balance: NormalizationLossBalance | BMTARDLoss
 
     def __init__(self, config: TrainConfig, teachers: dict[str, nn.Module]) -> None:
         super().__init__(config, teachers)
-        self.balance = NormalizationLossBalance(2, weight_lr=config.balance.weight_lr)
+        self.balance = self.build_balance(config.balance)
+
+    def build_balance(self, options: BalanceConfig) -> NormalizationLossBalance | BMTARDLoss:
+        return NormalizationLossBalance(2, weight_lr=options.weight_lr)
 
     def logits(
         self, student: Network, x: Tensor, x_adv: Tensor
@@ -203,10 +205,8 @@ class MTARD(Method):
 class BMTARD(MTARD):
     """Balanced temperatures and weights; see :class:`bmtard.BMTARDLoss`."""
 
-    def __init__(self, config: TrainConfig, teachers: dict[str, nn.Module]) -> None:
-        super().__init__(config, teachers)
-        options = config.balance
-        self.balance = BMTARDLoss(
+    def build_balance(self, options: BalanceConfig) -> NormalizationLossBalance | BMTARDLoss:
+        return BMTARDLoss(
             2,
             balance=options.mode,
             temperature_bounds=options.temperature_bounds,
@@ -218,11 +218,13 @@ class BMTARD(MTARD):
         )
 
     def loss(self, student: Network, x: Tensor, x_adv: Tensor, labels: Tensor) -> Tensor:
-        loss = self.balance(*self.logits(student, x, x_adv))
+        students, taught = self.logits(student, x, x_adv)
+        loss: Tensor = self.balance(students, taught)
         return self.config.loss.distillation_scale * loss
 
     def set_balance_factor(self, factor: float) -> None:
         super().set_balance_factor(factor)
+        assert isinstance(self.balance, BMTARDLoss)
         self.balance.temperature_lr.fill_(factor * self.config.balance.temperature_lr)
 
     def observed(self) -> dict[str, Tensor]:

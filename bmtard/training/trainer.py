@@ -89,7 +89,7 @@ class Trainer:
         }
         self.network = build_model(**self.network_options).to(self.device)
         if config.channels_last:
-            self.network.to(memory_format=torch.channels_last)
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.method = self._build_method()
         self.optimizer = torch.optim.SGD(
             self.network.parameters(),
@@ -142,7 +142,7 @@ class Trainer:
                 if self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs:
                     checkpoint.save(self.folder / "last.pt", self.state())
             chosen = self.folder / ("best.pt" if self.validation else "last.pt")
-            network = self.network
+            network: nn.Module = self.network
             if self.validation:
                 network = checkpoint.load_network(chosen, self.device)[0]
             results = self._accuracies(
