@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
 
 from bmtard.extras import import_extra
 
@@ -28,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, ImportError, NonFiniteLossError) as error:
         print(f"bmtard {name}: {error}", file=sys.stderr)
         return 2
+    except SystemExit as stop:  # of the option parser, which has said why
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         hint = "; --resume continues at the last checkpoint" if name == "train" else ""
         print(f"\nbmtard {name}: interrupted{hint}", file=sys.stderr)
@@ -63,26 +64,18 @@ def _evaluate(arguments: list[str]) -> None:
     from bmtard.training.config import EvaluateConfig
     from bmtard.training.evaluate import evaluate
 
-    def command(
-        checkpoint: Annotated[Path, tyro.conf.Positional],
-        config: Annotated[EvaluateConfig, tyro.conf.arg(name="")],
-    ) -> None:
-        """Measures the accuracy of a checkpoint on its test images, clean and under attacks.
+    def report(name: str, accuracy: float) -> None:
+        print(f"{name:24}{100 * accuracy:6.2f} %", flush=True)
 
-        Args:
-            checkpoint: last.pt or best.pt of a training run
-            config: what to measure
-        """
-
-        def report(name: str, accuracy: float) -> None:
-            print(f"{name:14}{100 * accuracy:6.2f} %", flush=True)
-
-        summary = evaluate(checkpoint, config, report)
-        for name, value in summary["weighted_robust_accuracy"].items():
-            print(f"weighted, {name:14}{100 * value:6.2f} %")
-        print(f"written: {config.output or checkpoint.with_name('evaluation.json')}")
-
-    tyro.cli(command, prog="bmtard evaluate", args=arguments)
+    wants_help = "-h" in arguments or "--help" in arguments
+    if not wants_help and (not arguments or arguments[0].startswith("-")):
+        raise ValueError("say which: bmtard evaluate CHECKPOINT [--option ...]")
+    checkpoint, options = (Path(), arguments) if wants_help else (Path(arguments[0]), arguments[1:])
+    config = tyro.cli(EvaluateConfig, prog="bmtard evaluate CHECKPOINT", args=options)
+    summary = evaluate(checkpoint, config, report)
+    for name, value in summary["weighted_robust_accuracy"].items():
+        print(f"weighted, {name:14}{100 * value:6.2f} %")
+    print(f"written: {config.output or checkpoint.with_name('evaluation.json')}")
 
 
 def _demo(arguments: list[str]) -> None:

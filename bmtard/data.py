@@ -394,7 +394,7 @@ def _cifar(
 def _load_jpeg_npz(name: str, path: Path, test: str) -> ImageData:
     """Keys SPLIT_jpeg (all files, concatenated), SPLIT_offset [N + 1], y_SPLIT; class_names."""
     try:
-        with np.load(path) as archive:
+        with open(path, "rb") as file, np.load(file) as archive:
             arrays = {key: archive[key] for key in archive.files}
         splits: dict[str, tuple[Tensor, Tensor]] = {}
         for split in ("train", test):
