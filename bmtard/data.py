@@ -66,8 +66,13 @@ class ImageData:
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel of the training images, in [0, 1] units."""
-        pixels = self.train_images.transpose(0, 1).flatten(1).double() / self.max_value
-        return pixels.mean(1).tolist(), pixels.std(1).clamp(min=1e-3).tolist()
+        values = torch.arange(256, dtype=torch.float64) / self.max_value
+        mean, std = [], []
+        for channel in self.train_images.unbind(1):
+            share = channel.flatten().bincount(minlength=256).double() / channel.numel()
+            mean.append(float(share @ values))
+            std.append(float((share @ (values - mean[-1]).square()).sqrt().clamp(min=1e-3)))
+        return mean, std
 
     def split_validation(self, fraction: float, seed: int) -> tuple[ImageData, Tensor, Tensor]:
         """Takes ``fraction`` of each class out of the training images.

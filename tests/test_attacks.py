@@ -209,7 +209,7 @@ def test_check_images() -> None:
 def test_square_and_autoattack(images: tuple[Tensor, Tensor]) -> None:
     pytest.importorskip("pyautoattack", reason="pyautoattack (bmtard[eval]) is not installed")
     x = images[0].cpu()
-    net = nn.Sequential(nn.Flatten(), nn.Linear(50, C)).requires_grad_(False)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(50, C, bias=False)).requires_grad_(False)
     y = net(x).argmax(1)
     for x_adv in (
         attacks.square(net, x, y, epsilon=0.3, queries=50),

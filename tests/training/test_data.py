@@ -163,6 +163,10 @@ def test_digits_are_split_by_class_and_complete() -> None:
     assert shares.min() > 1.9
     assert shares.max() < 2.1
     assert torch.equal(data.load("digits").test_labels, loaded.test_labels)
+    pixels = loaded.train_images.double() / 16
+    mean, std = loaded.statistics()
+    assert mean == pytest.approx([pixels.mean().item()])
+    assert std == pytest.approx([pixels.std(correction=0).item()])
     rows = torch.cat([loaded.train_images, loaded.test_images]).flatten(1).unique(dim=0)
     assert len(rows) == 1797  # every scan once
 
