@@ -1,0 +1,113 @@
+"""The command ``bmtard``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bmtard.extras import import_extra
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status. Errors of the user are one line on stderr."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"bmtard: no command {name!r}\n\n{_help()}", file=sys.stderr)
+        return 2
+    from bmtard.training.trainer import NonFiniteLossError
+
+    try:
+        COMMANDS[name](rest)
+    except (ValueError, FileNotFoundError, ImportError, NonFiniteLossError) as error:
+        print(f"bmtard {name}: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # of the option parser, which has said why
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        hint = "; --resume continues at the last checkpoint" if name == "train" else ""
+        print(f"\nbmtard {name}: interrupted{hint}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _help() -> str:
+    lines = [f"  {name:10}{command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: bmtard COMMAND [OPTION ...]", "", *lines, "", "bmtard COMMAND --help: its options"]
+    )
+
+
+def _train(arguments: list[str]) -> None:
+    """train a network: bmtard train PRESET [--option ...]"""
+    tyro = import_extra("tyro", "train")
+    from bmtard.training.config import PRESETS
+    from bmtard.training.metrics import read_metrics
+    from bmtard.training.report import plot_balance
+    from bmtard.training.trainer import train
+
+    config = tyro.extras.overridable_config_cli(PRESETS, prog="bmtard train", args=arguments)
+    result = train(config)
+    if "weights" in read_metrics(config.folder / "metrics.jsonl")[0]:
+        plot_balance({config.method: [config.folder]}, config.folder / "balance.png")
+    print(f"checkpoint: {result.checkpoint}")
+
+
+def _evaluate(arguments: list[str]) -> None:
+    """measure the accuracy of a checkpoint under attacks: bmtard evaluate CHECKPOINT"""
+    tyro = import_extra("tyro", "train")
+    from bmtard.training.config import EvaluateConfig
+    from bmtard.training.evaluate import evaluate
+
+    def report(name: str, accuracy: float) -> None:
+        print(f"{name:24}{100 * accuracy:6.2f} %", flush=True)
+
+    wants_help = "-h" in arguments or "--help" in arguments
+    if not wants_help and (not arguments or arguments[0].startswith("-")):
+        raise ValueError("say which: bmtard evaluate CHECKPOINT [--option ...]")
+    checkpoint, options = (Path(), arguments) if wants_help else (Path(arguments[0]), arguments[1:])
+    config = tyro.cli(EvaluateConfig, prog="bmtard evaluate CHECKPOINT", args=options)
+    summary = evaluate(checkpoint, config, report)
+    for name, value in summary["weighted_robust_accuracy"].items():
+        print(f"weighted, {name:14}{100 * value:6.2f} %")
+    print(f"written: {config.output or checkpoint.with_name('evaluation.json')}")
+
+
+def _demo(arguments: list[str]) -> None:
+    """train and compare all methods on the bundled digits, with a report, in minutes"""
+    tyro = import_extra("tyro", "train")
+    from bmtard.training.demo import DemoConfig, run_demo
+
+    config = tyro.cli(DemoConfig, prog="bmtard demo", args=arguments)
+    run_demo(config, shlex.join(["bmtard", "demo", *arguments]))
+
+
+def _info(arguments: list[str]) -> None:
+    """show the version, the kernels in use, and the devices"""
+    import torch
+
+    from bmtard import build_info
+
+    if arguments:
+        raise ValueError(f"takes no arguments, got {shlex.join(arguments)}")
+    print(build_info())
+    count = torch.cuda.device_count()
+    names = [torch.cuda.get_device_name(index) for index in range(count)]
+    print(f"{'GPUs:':<10}{', '.join(names) or 'none'}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "demo": _demo,
+    "info": _info,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

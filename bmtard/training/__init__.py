@@ -1,0 +1,1 @@
+"""Trains and evaluates B-MTARD and the methods it is compared with."""

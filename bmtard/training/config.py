@@ -1,0 +1,310 @@
+"""Configuration of the trainer: frozen dataclasses, which are also the command line.
+
+An image lies in [0, 1]; epsilon and step sizes are in that unit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from bmtard.data import LOADERS
+from bmtard.models import check_model_name
+
+MethodName = Literal["natural", "sat", "trades", "ard", "rslad", "adaad", "mtard", "bmtard"]
+AttackName = Literal[
+    "fgsm", "pgd-sat", "pgd-trades", "cw", "square", "autoattack", "transfer-pgd", "transfer-cw"
+]
+
+
+def require(config: object, name: str, condition: bool, wanted: str) -> None:
+    if not condition:
+        value = getattr(config, name)
+        raise ValueError(f"{type(config).__name__}: {name} must be {wanted}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttackConfig:
+    """The attack that makes the training images: projected gradient ascent."""
+
+    epsilon: float = 8 / 255
+    """radius of the perturbation, in pixel units"""
+    step_size: float = 2 / 255
+    """in pixel units"""
+    steps: int = 10
+    """gradient steps"""
+    norm: Literal["linf", "l2"] = "linf"
+    """in which epsilon and step_size are measured"""
+    random_start: Literal["uniform", "gaussian", "none"] = "gaussian"
+    """uniform in the ball, or Gaussian of standard deviation 0.001 as in the B-MTARD code"""
+    batch_norm: Literal["eval", "train"] = "eval"
+    """mode of the student during the attack; the ARD and IAD code has "train" """
+
+    def __post_init__(self) -> None:
+        require(self, "epsilon", 0 < self.epsilon < math.inf, "finite and > 0")
+        require(self, "step_size", 0 < self.step_size < math.inf, "finite and > 0")
+        require(self, "steps", self.steps >= 1, ">= 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """SGD with momentum; the learning rate is a function of the progress of the training."""
+
+    lr: float = 0.1
+    """highest learning rate"""
+    momentum: float = 0.9
+    """in [0, 1)"""
+    weight_decay: float = 2e-4
+    """L2, on all parameters"""
+    schedule: Literal["multistep", "cosine", "cyclic", "constant"] = "multistep"
+    """cosine falls to 0; cyclic rises linearly from 0, peaks at 40 % and falls to 0"""
+    milestones: tuple[float, ...] = (215 / 300, 260 / 300, 285 / 300)
+    """of multistep: fractions of the training at which the rate falls"""
+    decay: float = 0.1
+    """of multistep: factor at each milestone"""
+
+    def __post_init__(self) -> None:
+        require(self, "lr", 0 < self.lr < math.inf, "finite and > 0")
+        require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "finite and >= 0")
+        ordered = list(self.milestones) == sorted(self.milestones)
+        inside = all(0 <= m <= 1 for m in self.milestones)
+        require(self, "milestones", ordered and inside, "ascending fractions in [0, 1]")
+        require(self, "decay", 0 < self.decay <= 1, "in (0, 1]")
+
+    def factor(self, progress: float) -> float:
+        """Learning rate / ``lr`` when ``progress``, in [0, 1), of the training is done."""
+        if self.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        if self.schedule == "cyclic":
+            return progress / 0.4 if progress < 0.4 else (1 - progress) / 0.6
+        return self.balance_factor(progress)
+
+    def balance_factor(self, progress: float) -> float:
+        """What multiplies ``temperature_lr`` and ``weight_lr``: falls at the milestones, else 1."""
+        if self.schedule != "multistep":
+            return 1.0
+        return self.decay ** sum(progress >= m for m in self.milestones)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """Numbers that belong to one method each, and the scale of the distillation losses."""
+
+    trades_beta: float = 6.0
+    """weight of the divergence in trades"""
+    ard_temperature: float = 30.0
+    """of student and teacher in ard"""
+    ard_alpha: float = 1.0
+    """weight of the distillation against the labels in ard, in [0, 1]"""
+    rslad_adversarial_weight: float = 5 / 6
+    """of the adversarial term in rslad, in [0, 1]"""
+    adaad_alpha: float = 1.0
+    """of the adversarial term in adaad, in [0, 1]"""
+    distillation_scale: float = 1.0
+    """multiplies the losses of ard, rslad, adaad, mtard and bmtard, which are means over N * C;
+    the number of classes turns them into means over N (10 in the published CIFAR-100 scripts)"""
+
+    def __post_init__(self) -> None:
+        require(self, "trades_beta", 0 <= self.trades_beta < math.inf, "finite and >= 0")
+        require(self, "ard_temperature", 0 < self.ard_temperature < math.inf, "finite and > 0")
+        for name in ("ard_alpha", "rslad_adversarial_weight", "adaad_alpha"):
+            require(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        scale = self.distillation_scale
+        require(self, "distillation_scale", 0 < scale < math.inf, "finite and > 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BalanceConfig:
+    """The balance between the teachers of bmtard; weight_lr and eps are also those of mtard."""
+
+    mode: Literal["bisect", "sign"] = "bisect"
+    """the temperatures of equal entropy in every step, or the published fixed steps"""
+    temperature_bounds: tuple[float, float] = (1.0, 10.0)
+    """lowest and highest temperature"""
+    temperature_lr: float = 1e-3
+    """of "sign": change in a step; the published run has about 117,000 steps"""
+    temperature_momentum: float = 0.0
+    """of "bisect": in log space, in [0, 1)"""
+    weight_lr: float = 0.025
+    """of the loss weights, in [0, 1]"""
+    loss_exponent: float = 1.0
+    """of the relative losses"""
+    eps: float = 1e-5
+    """inside log(p + eps), p of the teachers"""
+
+    def __post_init__(self) -> None:
+        low, high = self.temperature_bounds
+        require(self, "temperature_bounds", 0 < low < high < math.inf, "0 < lowest < highest")
+        require(self, "temperature_lr", 0 <= self.temperature_lr < math.inf, "finite and >= 0")
+        require(self, "temperature_momentum", 0 <= self.temperature_momentum < 1, "in [0, 1)")
+        require(self, "weight_lr", 0 <= self.weight_lr <= 1, "in [0, 1]")
+        require(self, "loss_exponent", 0 < self.loss_exponent < math.inf, "finite and > 0")
+        require(self, "eps", 0 <= self.eps < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One training run. The defaults are the settings of the published CIFAR-10 script."""
+
+    data: Literal["digits", "mnist", "cifar10", "cifar100", "tiny-imagenet"] = "cifar10"
+    """data set"""
+    data_dir: Path | None = None
+    """folder of its files; default: the environment variable BMTARD_DATA"""
+    model: str = "resnet-18"
+    """cnn-WIDTH, resnet-18, preact-resnet-18, resnet-{20,32,44,56,110}, wrn-DEPTH-WIDTH or
+    mobilenet-v2"""
+    method: MethodName = "bmtard"
+    """natural and sat train teachers too; ard, rslad and adaad need a robust teacher, mtard and
+    bmtard a robust and a clean one"""
+    teacher_clean: Path | None = None
+    """checkpoint of a teacher trained on clean images"""
+    teacher_robust: Path | None = None
+    """checkpoint of a teacher trained on adversarial images"""
+    epochs: int = 300
+    """passes over the training images"""
+    batch_size: int = 128
+    """images in a step; the last, incomplete batch of an epoch is left out"""
+    crop_padding: int = 4
+    """pixels of zero padding before the random crop; 0 for no crop"""
+    flip: bool = True
+    """mirror half of the images left to right"""
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    seed: int = 0
+    """of initial weights, batches and attacks"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto is cuda where there is one"""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """type of the networks' matrix products; losses and statistics stay float32"""
+    channels_last: bool = False
+    """memory layout of images and convolutions"""
+    compile: bool = False
+    """torch.compile the student"""
+    output: Path | None = None
+    """folder for the checkpoints, metrics.jsonl and results.json; default:
+    runs/DATA-METHOD-MODEL-seedN"""
+    overwrite: bool = False
+    """start anew where the output folder already holds a run"""
+    resume: bool = False
+    """continue from last.pt in the output folder, exactly as if never interrupted"""
+    validation_fraction: float = 0.0
+    """part of the training images kept for choosing best.pt by weighted robust accuracy (PGD-20);
+    with 0 the result is the last epoch. Test images never choose."""
+    test_attacks: tuple[AttackName, ...] = ("fgsm", "pgd-sat")
+    """attacks on the test images after the last epoch"""
+    log_every: int = 50
+    """steps between two lines of metrics.jsonl; only then are device values read"""
+    checkpoint_every: int = 1
+    """epochs between two checkpoints"""
+    tensorboard: bool = False
+    """also write TensorBoard files, into a folder tensorboard in the output folder"""
+    max_skipped: float = 0.1
+    """part of an epoch's steps that may be skipped for a non-finite loss before it is an error"""
+
+    def __post_init__(self) -> None:
+        require(self, "data", self.data in LOADERS, f"one of {', '.join(LOADERS)}")
+        check_model_name(self.model)
+        for name in ("epochs", "batch_size", "log_every", "checkpoint_every"):
+            require(self, name, getattr(self, name) >= 1, ">= 1")
+        require(self, "crop_padding", self.crop_padding >= 0, ">= 0")
+        require(self, "seed", 0 <= self.seed < 2**40, "in [0, 2^40)")
+        require(self, "validation_fraction", 0 <= self.validation_fraction < 1, "in [0, 1)")
+        require(self, "max_skipped", 0 <= self.max_skipped <= 1, "in [0, 1]")
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        name = f"{self.data}-{self.method}-{self.model}-seed{self.seed}"
+        return self.output or Path("runs") / name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """What is measured on a trained model. Every attack runs on all the images, in eval mode."""
+
+    attacks: tuple[AttackName, ...] = ("fgsm", "pgd-sat", "pgd-trades", "cw")
+    """fgsm; pgd-sat: 20 steps of epsilon / 4 (2/255 of 8/255); pgd-trades: 20 steps of 0.003 of
+    8/255; cw: 30 steps of epsilon / 4 on the margin; square and autoattack by pyautoattack;
+    transfer-pgd and transfer-cw: pgd-trades and cw made on the surrogate"""
+    epsilon: float | None = None
+    """radius in pixel units; default: that of the checkpoint's training attack"""
+    norm: Literal["linf", "l2"] = "linf"
+    """of epsilon; fgsm and the transfer attacks included"""
+    batch_size: int = 250
+    """images at a time"""
+    limit: int | None = None
+    """only so many test images, the first ones"""
+    surrogate: Path | None = None
+    """checkpoint of the network on which the transfer attacks are made"""
+    square_queries: int = 5000
+    """of the Square attack"""
+    seed: int = 0
+    """of the random starts"""
+    data_dir: Path | None = None
+    """folder of the data; default: that of the training run, then BMTARD_DATA"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto is cuda where there is one"""
+    output: Path | None = None
+    """JSON file; default: evaluation.json beside the checkpoint"""
+
+    def __post_init__(self) -> None:
+        require(self, "batch_size", self.batch_size >= 1, ">= 1")
+        require(self, "square_queries", self.square_queries >= 1, ">= 1")
+        if self.epsilon is not None:
+            require(self, "epsilon", 0 < self.epsilon < math.inf, "finite and > 0")
+        if self.limit is not None:
+            require(self, "limit", self.limit >= 1, ">= 1")
+        if any(name.startswith("transfer") for name in self.attacks):
+            require(self, "surrogate", self.surrogate is not None, "a checkpoint for transfer-*")
+
+
+# temperature_lr: with the published 1e-3 a temperature would move by at most 0.36 in these 360
+# steps. 0.025 lets it cross the interval [1, 10] once, as 1e-3 does in the published 117,000.
+DIGITS = TrainConfig(
+    data="digits",
+    model="cnn-4",
+    epochs=40,
+    crop_padding=0,
+    flip=False,
+    attack=AttackConfig(epsilon=0.25, step_size=0.1, steps=5, random_start="uniform"),
+    optimizer=OptimizerConfig(lr=0.1, weight_decay=5e-4, schedule="cyclic"),
+    loss=LossConfig(distillation_scale=10.0),
+    balance=BalanceConfig(temperature_lr=0.025),
+    log_every=3,
+    checkpoint_every=40,
+)
+MNIST = replace(
+    DIGITS,
+    data="mnist",
+    model="cnn-16",
+    epochs=10,
+    attack=AttackConfig(epsilon=0.3, step_size=0.05, steps=10, random_start="uniform"),
+    balance=BalanceConfig(temperature_lr=0.002),
+    log_every=50,
+    checkpoint_every=1,
+)
+CIFAR10 = TrainConfig()
+CIFAR100 = TrainConfig(data="cifar100", loss=LossConfig(distillation_scale=10.0))
+TINY_IMAGENET = replace(CIFAR100, data="tiny-imagenet", model="mobilenet-v2")
+
+PRESETS: dict[str, tuple[str, TrainConfig]] = {
+    "digits": ("the 8x8 digits of scikit-learn: seconds on a CPU, no download", DIGITS),
+    "mnist": ("MNIST, a small network", MNIST),
+    "cifar10": ("CIFAR-10, ResNet-18, the published settings", CIFAR10),
+    "cifar100": ("CIFAR-100, ResNet-18, the published settings", CIFAR100),
+    "tiny-imagenet": ("Tiny-ImageNet, MobileNet-v2", TINY_IMAGENET),
+}
+
+
+def to_plain(value: Any) -> Any:
+    """A configuration as dicts, lists, strings and numbers."""
+    if is_dataclass(value):
+        return {item.name: to_plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,146 @@
+"""Clean and robust accuracy of a network."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bmtard.attacks import Norm, autoattack, check_images, pgd, square
+from bmtard.data import Batches, load
+from bmtard.training.checkpoint import load_network
+from bmtard.training.config import EvaluateConfig, to_plain
+
+# step sizes as parts of epsilon
+SUITE: dict[str, dict[str, Any]] = {
+    "fgsm": {"steps": 1, "step": 1.0, "loss": "ce", "random_start": "none"},
+    "pgd-sat": {"steps": 20, "step": 1 / 4, "loss": "ce", "random_start": "uniform"},
+    "pgd-trades": {"steps": 20, "step": 0.003 * 255 / 8, "loss": "ce", "random_start": "uniform"},
+    "cw": {"steps": 30, "step": 1 / 4, "loss": "cw", "random_start": "uniform"},
+}
+TRANSFER = {"transfer-pgd": "pgd-trades", "transfer-cw": "cw"}
+
+
+def accuracies(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    attacks: Sequence[str],
+    epsilon: float,
+    norm: Norm = "linf",
+    max_value: int = 255,
+    batch_size: int = 250,
+    device: torch.device | str = "cpu",
+    surrogate: nn.Module | None = None,
+    square_queries: int = 5000,
+    seed: int = 0,
+    report: Callable[[str, float], None] = lambda name, accuracy: None,
+) -> dict[str, float]:
+    """Fractions of correct answers: "clean", then each attack of :class:`EvaluateConfig`.
+
+    images: uint8 [N, c, h, w]. ``report`` is called with each result as it comes.
+    """
+    batches = Batches(images, labels, batch_size=batch_size, device=device, max_value=max_value)
+    network.eval()
+    results: dict[str, float] = {}
+    for name in ("clean", *attacks):
+        generator = torch.Generator(device).manual_seed(seed)
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        for x, y in batches.epoch():
+            check_images(x)
+            if name in ("square", "autoattack"):
+                options: dict[str, Any] = {"epsilon": epsilon, "norm": norm, "seed": seed}
+                if name == "square":
+                    x = square(network, x, y, queries=square_queries, **options)
+                else:
+                    x = autoattack(network, x, y, square_queries=square_queries, **options)
+            elif name != "clean":
+                attacked = surrogate if name in TRANSFER else network
+                if attacked is None:
+                    raise ValueError(f"accuracies: attack {name!r} needs a surrogate")
+                options = dict(SUITE[TRANSFER.get(name, name)])
+                x = pgd(
+                    attacked,
+                    x,
+                    y,
+                    epsilon=epsilon,
+                    step_size=options.pop("step") * epsilon,
+                    norm=norm,
+                    generator=generator,
+                    **options,
+                )
+            with torch.no_grad():
+                correct += (network(x).argmax(1) == y).sum()
+        results[name] = int(correct) / len(images)
+        report(name, results[name])
+    return results
+
+
+def weighted(results: dict[str, float]) -> dict[str, float]:
+    """Weighted robust accuracy, (clean + robust) / 2, of each attack."""
+    return {
+        name: (results["clean"] + value) / 2 for name, value in results.items() if name != "clean"
+    }
+
+
+def evaluate(
+    path: Path, config: EvaluateConfig, report: Callable[[str, float], None]
+) -> dict[str, Any]:
+    """Evaluates a checkpoint on the test images of its data set and writes the JSON file."""
+    device = resolve_device(config.device)
+    network, state = load_network(path, device)
+    surrogate = load_network(config.surrogate, device)[0] if config.surrogate else None
+    trained = state["config"]
+    data = load(trained["data"], config.data_dir or trained["data_dir"])
+    epsilon: float = config.epsilon or trained["attack"]["epsilon"]
+    config = replace(config, epsilon=epsilon)
+    started = time.perf_counter()
+    results = accuracies(
+        network,
+        data.test_images[: config.limit],
+        data.test_labels[: config.limit],
+        attacks=config.attacks,
+        epsilon=epsilon,
+        norm=config.norm,
+        max_value=data.max_value,
+        batch_size=config.batch_size,
+        device=device,
+        surrogate=surrogate,
+        square_queries=config.square_queries,
+        seed=config.seed,
+        report=report,
+    )
+    summary = {
+        "checkpoint": str(path),
+        "method": trained["method"],
+        "model": trained["model"],
+        "data": trained["data"],
+        "images": len(data.test_labels[: config.limit]),
+        "accuracy": results,
+        "weighted_robust_accuracy": weighted(results),
+        "evaluation": to_plain(config),
+        "seconds": time.perf_counter() - started,
+    }
+    output = config.output or path.with_name("evaluation.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def resolve_device(name: str) -> torch.device:
+    """A device by name; "auto" is CUDA where there is one. Raises ValueError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {error}") from None
+    return device

@@ -1,0 +1,244 @@
+"""The training methods: what each attacks to make its images, and its loss from the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bmtard import losses
+from bmtard.attacks import AttackLoss, cross_entropy, kl_from, kl_from_model, pgd
+from bmtard.balance import BMTARDLoss, NormalizationLossBalance
+from bmtard.ops import multi_teacher_kl
+from bmtard.training.config import BalanceConfig, TrainConfig
+
+Network = Callable[[Tensor], Tensor]
+
+
+class Method(nn.Module):
+    """One training method. Its buffers are state that belongs in the checkpoint.
+
+    A subclass names the teachers that it needs and gives the attacked loss and the training loss.
+    ``teachers`` maps a role ("clean", "robust") to a frozen network in eval mode; they are no
+    submodules, so that they are not saved again with each student.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: TrainConfig, teachers: dict[str, nn.Module]) -> None:
+        super().__init__()
+        if missing := [role for role in self.needs if role not in teachers]:
+            options = " and ".join(f"--teacher-{role} CHECKPOINT" for role in missing)
+            raise ValueError(f"method {config.method} needs {options}")
+        self.config = config
+        self._teachers = {role: teachers[role] for role in self.needs}
+
+    def teach(self, role: str, x: Tensor) -> Tensor:
+        """The logits of a teacher."""
+        with torch.no_grad():
+            return self._teachers[role](x)
+
+    def perturb(self, student: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+        """The images of the adversarial terms."""
+        attack = self.config.attack
+        return pgd(
+            student,
+            x,
+            epsilon=attack.epsilon,
+            step_size=attack.step_size,
+            steps=attack.steps,
+            loss=self.objective(student, x, labels),
+            norm=attack.norm,
+            random_start=attack.random_start,
+            mode=attack.batch_norm,
+        )
+
+    def objective(self, student: nn.Module, x: Tensor, labels: Tensor) -> AttackLoss:
+        """What the attack maximises."""
+        return cross_entropy(labels)
+
+    def loss(self, student: Network, x: Tensor, x_adv: Tensor, labels: Tensor) -> Tensor:
+        """The training loss, 0-d."""
+        raise NotImplementedError
+
+    def set_balance_factor(self, factor: float) -> None:
+        """Scales the learning rates of the balance, where there is one."""
+
+    def observed(self) -> dict[str, Tensor]:
+        """State worth a plot: tensors [K], one entry a teacher in the order of ``needs``."""
+        return {}
+
+
+class Natural(Method):
+    """Cross entropy on clean images."""
+
+    def perturb(self, student: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+        return x
+
+    def loss(self, student: Network, x: Tensor, x_adv: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(student(x).float(), labels)
+
+
+class SAT(Method):
+    """Standard adversarial training: cross entropy on PGD images (Madry et al., ICLR 2018)."""
+
+    def loss(self, student: Network, x: Tensor, x_adv: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(student(x_adv).float(), labels)
+
+
+class TRADES(Method):
+    """Attacks the student's own clean logits; see :func:`bmtard.losses.trades_loss`."""
+
+    def objective(self, student: nn.Module, x: Tensor, labels: Tensor) -> AttackLoss:
+        # The first time that the loss is taken the student is in the attack's mode already.
+        objectives: list[AttackLoss] = []
+
+        def loss(logits: Tensor, x_adv: Tensor) -> Tensor:
+            if not objectives:
+                with torch.no_grad():
+                    objectives.append(kl_from(student(x)))
+            return objectives[0](logits, x_adv)
+
+        return loss
+
+    def loss(self, student: Network, x: Tensor, x_adv: Tensor, labels: Tensor) -> Tensor:
+        beta = self.config.loss.trades_beta
+        return losses.trades_loss(student(x), student(x_adv), labels, beta=beta)
+
+
+class ARD(Method):
+    """See :func:`bmtard.losses.ard_loss`."""
+
+    needs = ("robust",)
+
+    def loss(self, student: Network, x: Tensor, x_adv: Tensor, labels: Tensor) -> Tensor:
+        options = self.config.loss
+        adversarial = student(x_adv)
+        # Without the label term the loss does not look at the clean logits.
+        clean = student(x) if options.ard_alpha != 1.0 else adversarial
+        loss = losses.ard_loss(
+            adversarial,
+            clean,
+            self.teach("robust", x),
+            labels,
+            temperature=options.ard_temperature,
+            alpha=options.ard_alpha,
+        )
+        return options.distillation_scale * loss
+
+
+class RSLAD(Method):
+    """Attacks the teacher's clean logits; see :func:`bmtard.losses.rslad_loss`."""
+
+    needs = ("robust",)
+
+    def objective(self, student: nn.Module, x: Tensor, labels: Tensor) -> AttackLoss:
+        return kl_from(self.teach("robust", x))
+
+    def loss(self, student: Network, x: Tensor, x_adv: Tensor, labels: Tensor) -> Tensor:
+        options = self.config.loss
+        loss = losses.rslad_loss(
+            student(x_adv),
+            student(x),
+            self.teach("robust", x),
+            adversarial_weight=options.rslad_adversarial_weight,
+        )
+        return options.distillation_scale * loss
+
+
+class AdaAD(Method):
+    """Attacks through student and teacher; see :func:`bmtard.losses.adaad_loss`."""
+
+    needs = ("robust",)
+
+    def objective(self, student: nn.Module, x: Tensor, labels: Tensor) -> AttackLoss:
+        return kl_from_model(self._teachers["robust"])
+
+    def loss(self, student: Network, x: Tensor, x_adv: Tensor, labels: Tensor) -> Tensor:
+        options = self.config.loss
+        adversarial, taught = student(x_adv), self.teach("robust", x_adv)
+        # With alpha = 1 the loss does not look at the clean logits.
+        clean, taught_clean = adversarial, taught
+        if options.adaad_alpha != 1.0:
+            clean, taught_clean = student(x), self.teach("robust", x)
+        loss = losses.adaad_loss(
+            adversarial, clean, taught, taught_clean, alpha=options.adaad_alpha
+        )
+        return options.distillation_scale * loss
+
+
+class MTARD(Method):
+    """Two teachers at temperature 1, weighted by :class:`bmtard.NormalizationLossBalance`."""
+
+    needs = ("robust", "clean")
+
+    def __init__(self, config: TrainConfig, teachers: dict[str, nn.Module]) -> None:
+        super().__init__(config, teachers)
+        self.balance = self.build_balance(config.balance)
+
+    def build_balance(self, options: BalanceConfig) -> NormalizationLossBalance | BMTARDLoss:
+        return NormalizationLossBalance(2, weight_lr=options.weight_lr)
+
+    def logits(
+        self, student: Network, x: Tensor, x_adv: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Of the student and of the teachers, each teacher on its own images."""
+        taught = [self.teach("robust", x_adv), self.teach("clean", x)]
+        return [student(x_adv), student(x)], taught
+
+    def loss(self, student: Network, x: Tensor, x_adv: Tensor, labels: Tensor) -> Tensor:
+        students, taught = self.logits(student, x, x_adv)
+        kl = multi_teacher_kl(students, taught, reduction="mean", eps=self.config.balance.eps)
+        weights = self.balance(kl.detach())
+        return self.config.loss.distillation_scale * (weights.to(kl.dtype) * kl).sum()
+
+    def set_balance_factor(self, factor: float) -> None:
+        self.balance.weight_lr.fill_(factor * self.config.balance.weight_lr)
+
+    def observed(self) -> dict[str, Tensor]:
+        return {"weights": self.balance.weights, "losses": self.balance.losses}
+
+
+class BMTARD(MTARD):
+    """Balanced temperatures and weights; see :class:`bmtard.BMTARDLoss`."""
+
+    def build_balance(self, options: BalanceConfig) -> NormalizationLossBalance | BMTARDLoss:
+        return BMTARDLoss(
+            2,
+            balance=options.mode,
+            temperature_bounds=options.temperature_bounds,
+            temperature_lr=options.temperature_lr,
+            temperature_momentum=options.temperature_momentum,
+            weight_lr=options.weight_lr,
+            loss_exponent=options.loss_exponent,
+            eps=options.eps,
+        )
+
+    def loss(self, student: Network, x: Tensor, x_adv: Tensor, labels: Tensor) -> Tensor:
+        students, taught = self.logits(student, x, x_adv)
+        loss: Tensor = self.balance(students, taught)
+        return self.config.loss.distillation_scale * loss
+
+    def set_balance_factor(self, factor: float) -> None:
+        super().set_balance_factor(factor)
+        assert isinstance(self.balance, BMTARDLoss)
+        self.balance.temperature_lr.fill_(factor * self.config.balance.temperature_lr)
+
+    def observed(self) -> dict[str, Tensor]:
+        names = ("temperatures", "entropies", "weights", "losses")
+        return {name: getattr(self.balance, name) for name in names}
+
+
+METHODS: dict[str, type[Method]] = {
+    "natural": Natural,
+    "sat": SAT,
+    "trades": TRADES,
+    "ard": ARD,
+    "rslad": RSLAD,
+    "adaad": AdaAD,
+    "mtard": MTARD,
+    "bmtard": BMTARD,
+}

@@ -1,0 +1,123 @@
+"""The evaluation counts right and attacks as its names say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bmtard import attacks
+from bmtard.data import ImageData
+from bmtard.training import evaluate as module
+from bmtard.training.checkpoint import load_network
+from bmtard.training.config import EvaluateConfig
+from bmtard.training.evaluate import accuracies, evaluate, resolve_device, weighted
+
+
+def test_counts(digits: ImageData, teachers: dict[str, Path]) -> None:
+    network, state = load_network(teachers["robust"])
+    x = digits.test_images.float() / 16
+    with torch.no_grad():
+        expected = (network(x).argmax(1) == digits.test_labels).float().mean().item()
+    x_adv = attacks.fgsm(network, x, digits.test_labels, epsilon=0.1)
+    with torch.no_grad():
+        attacked = (network(x_adv).argmax(1) == digits.test_labels).float().mean().item()
+    results = accuracies(
+        network, digits.test_images, digits.test_labels, attacks=["fgsm"], epsilon=0.1,
+        max_value=16, batch_size=33,
+    )  # fmt: skip
+    assert results == pytest.approx({"clean": expected, "fgsm": attacked})
+    assert weighted(results) == pytest.approx({"fgsm": (expected + attacked) / 2})
+    assert state["epoch"] == 8
+
+
+def test_robust_training_shows(digits: ImageData, teachers: dict[str, Path]) -> None:
+    names = ["fgsm", "pgd-sat", "pgd-trades", "cw"]
+    results = {
+        role: accuracies(
+            load_network(path)[0], digits.test_images, digits.test_labels,
+            attacks=names, epsilon=0.1, max_value=16,
+        )
+        for role, path in teachers.items()
+    }  # fmt: skip
+    for name in names:
+        assert results["robust"][name] > results["clean"][name]
+        assert results["robust"][name] < results["robust"]["clean"]
+    for role in teachers:
+        assert results[role]["pgd-sat"] <= results[role]["fgsm"]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "step_size"),
+    [
+        ("fgsm", 1, 8 / 255),
+        ("pgd-sat", 20, 2 / 255),
+        ("pgd-trades", 20, 0.003),
+        ("cw", 30, 2 / 255),
+        ("transfer-pgd", 20, 0.003),
+        ("transfer-cw", 30, 2 / 255),
+    ],
+)
+def test_published_steps_at_eight_255ths(
+    name: str, steps: int, step_size: float, digits: ImageData, teachers: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    seen: list[Any] = []
+
+    def spy(model: Any, x: torch.Tensor, y: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append((model, options))
+        return x
+
+    monkeypatch.setattr(module, "pgd", spy)
+    networks = {role: load_network(path)[0] for role, path in teachers.items()}
+    accuracies(
+        networks["clean"], digits.test_images, digits.test_labels, attacks=[name],
+        epsilon=8 / 255, max_value=16, surrogate=networks["robust"],
+    )  # fmt: skip
+    ((model, options),) = seen
+    assert model is networks["robust" if name.startswith("transfer") else "clean"]
+    assert options["steps"] == steps
+    assert options["step_size"] == pytest.approx(step_size)
+    assert options["loss"] == ("cw" if name.endswith("cw") else "ce")
+
+
+def test_file_and_defaults(teachers: dict[str, Path], tmp_path: Path) -> None:
+    config = EvaluateConfig(
+        attacks=("fgsm", "transfer-pgd"), limit=50, device="cpu",
+        surrogate=teachers["robust"], output=tmp_path / "new" / "e.json",
+    )  # fmt: skip
+    lines: list[str] = []
+    summary = evaluate(teachers["clean"], config, lambda name, value: lines.append(name))
+    assert lines == ["clean", "fgsm", "transfer-pgd"]
+    written = json.loads((tmp_path / "new" / "e.json").read_text())
+    assert written == summary
+    assert (written["images"], written["method"]) == (50, "natural")
+    assert written["evaluation"]["epsilon"] == 0.1  # of the checkpoint's training
+    again = evaluate(teachers["clean"], config, lambda name, value: None)
+    assert again["accuracy"] == summary["accuracy"]
+    # An attack made on another network is weaker than one made on this one.
+    direct = evaluate(
+        teachers["clean"], replace(config, attacks=("pgd-trades",)), lambda name, value: None
+    )
+    assert direct["accuracy"]["pgd-trades"] < summary["accuracy"]["transfer-pgd"]
+
+
+def test_square_and_autoattack(digits: ImageData, teachers: dict[str, Path]) -> None:
+    pytest.importorskip("pyautoattack", reason="pyautoattack (bmtard[eval]) is not installed")
+    network = load_network(teachers["clean"])[0]
+    results = accuracies(
+        network, digits.test_images[:24], digits.test_labels[:24], attacks=["square"],
+        epsilon=0.2, max_value=16, square_queries=60,
+    )  # fmt: skip
+    assert results["square"] < results["clean"]
+
+
+def test_bad_requests() -> None:
+    with pytest.raises(ValueError, match=r"surrogate must be a checkpoint for transfer"):
+        EvaluateConfig(attacks=("transfer-cw",))
+    with pytest.raises(ValueError, match=r"device 'gpu' cannot be used"):
+        resolve_device("gpu")
