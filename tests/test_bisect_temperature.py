@@ -407,7 +407,7 @@ def test_no_rows(device, path):
 
 # --- Implicit gradients ---------------------------------------------------------------------
 
-EXACT = {"tolerance": 1e-14, "max_iterations": 200, "bounds": (1e-3, 1e3)}
+EXACT = {"tolerance": 1e-14, "max_iterations": 70, "bounds": (1e-3, 1e3)}
 
 
 @pytest.mark.parametrize("method", METHODS)
