@@ -1,4 +1,4 @@
-"""EntropyBalance, NormalizationLossBalance and BMTARDLoss: what a step computes and what it keeps."""
+"""EntropyBalance, NormalizationLossBalance and BMTARDLoss: what a step computes and keeps."""
 
 import copy
 import io
@@ -379,10 +379,7 @@ def module(request, device):
 
 
 def run(module, feed, steps, device, dtype=torch.float64):
-    outputs = []
-    for step in steps:
-        outputs.append(module(*feed(*batch(step, dtype=dtype, device=device))).clone())
-    return outputs
+    return [module(*feed(*batch(step, dtype=dtype, device=device))).clone() for step in steps]
 
 
 def test_state_is_complete_and_has_no_parameters(module):
