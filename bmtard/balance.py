@@ -294,9 +294,8 @@ class BMTARDLoss(_Balance):
 
     def state(self) -> BalanceState:
         """The buffers that a step reads and writes, not copies of them."""
-        buffers: Any = (
-            self._buffers
-        )  # nn.Module's attribute look-up would cost as much as the kernel
+        # nn.Module's attribute look-up would cost as much as the kernel.
+        buffers: Any = self._buffers
         return BalanceState(*[buffers[name] for name in BalanceState._fields])
 
     def forward(self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor]) -> Tensor:
@@ -321,7 +320,7 @@ class BMTARDLoss(_Balance):
         self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor]
     ) -> Tensor:
         """The same step out of its parts: between them the ranks can average."""
-        teachers = _check_teachers("BMTARDLoss", teacher_logits, self.temperatures)
+        students, teachers = ops.balanced_pairs(student_logits, teacher_logits, self.weights)
         low, high = self.temperature_bounds
         used, out_of_bounds = self.temperatures.clone(), _false(self.temperatures)
         if self.training and self.balance == "bisect":
@@ -330,7 +329,7 @@ class BMTARDLoss(_Balance):
                 gathered, used, self.temperature_bounds, self.temperature_momentum
             )
         losses = ops.multi_teacher_kl(
-            student_logits,
+            students,
             teachers,
             used,
             student_temperature=self.student_temperature,
@@ -472,7 +471,8 @@ def _check_teachers(op: str, logits: Sequence[Tensor], temperatures: Tensor) -> 
 
 
 def _check_count(op: str, num_teachers: int) -> None:
-    if not isinstance(num_teachers, int) or not 1 <= num_teachers <= ops.MAX_TEACHERS:
+    whole = isinstance(num_teachers, int) and not isinstance(num_teachers, bool)
+    if not (whole and 1 <= num_teachers <= ops.MAX_TEACHERS):
         raise ValueError(
             f"{op}: num_teachers must be an integer from 1 to {ops.MAX_TEACHERS}, "
             f"got {num_teachers!r}"

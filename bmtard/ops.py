@@ -143,12 +143,11 @@ def bisect_temperature(
     _check_logits(op, "logits", logits)
     rows_shape = logits.shape[:-1] if per_sample else torch.Size(())
     low, high = _check_bounds(op, bounds)
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise ValueError(f"{op}: tolerance must be finite and >= 0, got {tolerance}")
-    if isinstance(max_iterations, bool) or int(max_iterations) != max_iterations:
-        raise ValueError(f"{op}: max_iterations must be an integer, got {max_iterations!r}")
-    if max_iterations < 1:
-        raise ValueError(f"{op}: max_iterations must be >= 1, got {max_iterations}")
+    if not (_is_number(tolerance) and math.isfinite(tolerance) and tolerance >= 0):
+        raise ValueError(f"{op}: tolerance must be finite and >= 0, got {tolerance!r}")
+    whole = isinstance(max_iterations, int) and not isinstance(max_iterations, bool)
+    if not (whole and max_iterations >= 1):
+        raise ValueError(f"{op}: max_iterations must be an integer >= 1, got {max_iterations!r}")
     if method not in ("halley", "bisection"):
         raise ValueError(f"{op}: method must be 'halley' or 'bisection', got {method!r}")
     dtype = accumulation_dtype(logits.dtype)
@@ -169,14 +168,14 @@ def bisect_temperature(
             initial=None if start is None else expand(start),
             per_sample=per_sample,
             tolerance=float(tolerance),
-            max_iterations=int(max_iterations),
+            max_iterations=max_iterations,
         )
         temperature, *rest = (field.view(rows_shape) for field in found)
         if temperature.requires_grad:
             temperature = _OnceDifferentiable.apply(op, temperature, logits, target)
         return TemperatureSearch(temperature, *rest)
     arguments = (
-        low, high, bool(per_sample), float(tolerance), int(max_iterations), method == "bisection",
+        low, high, bool(per_sample), float(tolerance), max_iterations, method == "bisection",
     )  # fmt: skip
     if _wants_grad(logits, target):
         return TemperatureSearch(*_BisectTemperature.apply(logits, target, start, *arguments))
@@ -246,6 +245,10 @@ def multi_teacher_kl(
     rows_shape = first.shape[:-1]
     if weight is not None:
         if not isinstance(weight, Tensor):
+            if not (isinstance(weight, (list, tuple)) and all(map(_is_number, weight))):
+                raise TypeError(
+                    f"{op}: weight must be a tensor or a sequence of numbers, got {weight!r}"
+                )
             weight = torch.tensor(
                 weight, dtype=accumulation_dtype(first.dtype), device=first.device
             )
@@ -364,7 +367,7 @@ def pgd_step_(
     for name, value in (("step_size", step_size), ("epsilon", epsilon)):
         if not (_is_number(value) and math.isfinite(value) and value >= 0):
             raise ValueError(f"{op}: {name} must be finite and >= 0, got {value}")
-    low, high = (-math.inf, math.inf) if bounds is None else bounds
+    low, high = (-math.inf, math.inf) if bounds is None else _two_numbers(op, "bounds", bounds)
     if not low <= high:
         raise ValueError(f"{op}: bounds must be (lowest, highest), got {bounds}")
     if norm not in ("linf", "l2"):
@@ -407,26 +410,8 @@ def bmtard_loss(
     Both sequences hold K tensors [..., C]. Updates ``state`` in place where ``update``. Returns
     the 0-d loss, differentiable once in the student logits.
     """
-    op = "BMTARDLoss"
-    students, teachers = _pair(op, student_logits, teacher_logits)
-    count, first = len(state.weights), students[0]
-    for name, side in (("student_logits", students), ("teacher_logits", teachers)):
-        if len(side) != count:
-            raise ValueError(
-                f"{op}: {name} must be a sequence of {count} tensors, one for each teacher, "
-                f"got {len(side)}"
-            )
-    for k, logits in enumerate(teachers):
-        if logits.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{op}: teacher_logits[{k}] requires grad, but the balance treats the teachers as "
-                "constants; run them under torch.no_grad() or pass .detach()"
-            )
-    if state.weights.device != first.device:
-        raise ValueError(
-            f"{op}: the module's state must be on the device of student_logits, {first.device}, "
-            f"got {state.weights.device}; move the module with .to()"
-        )
+    students, teachers = balanced_pairs(student_logits, teacher_logits, state.weights)
+    first = students[0]
     classes = first.shape[-1]
     rows = first.numel() // classes
     divisor = {"mean": rows * classes, "batchmean": rows, "sum": 1}[reduction]
@@ -443,6 +428,32 @@ def bmtard_loss(
         student_temperature, eps, scale, tolerance, max_iterations, wants_grad,
     )  # fmt: skip
     return _AttachGradients.apply(loss, grads, *students) if wants_grad else loss
+
+
+def balanced_pairs(
+    student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], weights: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The contract of :class:`BMTARDLoss` on its inputs; both as lists of K."""
+    op, count = "BMTARDLoss", len(weights)
+    students, teachers = _pair(op, student_logits, teacher_logits)
+    for name, logits in (("student_logits", students), ("teacher_logits", teachers)):
+        if len(logits) != count:
+            raise ValueError(
+                f"{op}: {name} must be a sequence of {count} tensors, one for each teacher, "
+                f"got {len(logits)}"
+            )
+    for k, logits in enumerate(teachers):
+        if logits.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{op}: teacher_logits[{k}] requires grad, but the balance treats the teachers as "
+                "constants; run them under torch.no_grad() or pass .detach()"
+            )
+    if weights.device != students[0].device:
+        raise ValueError(
+            f"{op}: the module's state must be on the device of student_logits, "
+            f"{students[0].device}, got {weights.device}; move the module with .to()"
+        )
+    return students, teachers
 
 
 # --- Autograd -------------------------------------------------------------------------------
@@ -666,13 +677,17 @@ def _check_eps(op: str, eps: float) -> None:
         raise ValueError(f"{op}: eps must be finite and >= 0, got {eps}")
 
 
+def _two_numbers(op: str, name: str, bounds: tuple[float, float]) -> tuple[float, float]:
+    pair = isinstance(bounds, (list, tuple)) and len(bounds) == 2
+    if not (pair and all(map(_is_number, bounds))):
+        raise ValueError(f"{op}: {name} must be two numbers, (lowest, highest), got {bounds!r}")
+    return float(bounds[0]), float(bounds[1])
+
+
 def _check_bounds(
     op: str, bounds: tuple[float, float], name: str = "bounds"
 ) -> tuple[float, float]:
-    try:
-        low, high = (float(b) for b in bounds)
-    except (TypeError, ValueError):
-        raise ValueError(f"{op}: {name} must be two numbers, got {bounds!r}") from None
+    low, high = _two_numbers(op, name, bounds)
     if not (0 < low < high and math.isfinite(high)):
         raise ValueError(f"{op}: {name} must satisfy 0 < lowest < highest, got {bounds}")
     return low, high

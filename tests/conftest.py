@@ -41,7 +41,9 @@ if CUDA_REQUIRED or not WHY_NO_CUDA:
 
 def pytest_report_header() -> str:
     if WHY_NO_CUDA and not CUDA_REQUIRED:
-        return f"cuda: {WHY_NO_CUDA}, so no device test is collected (BMTARD_REQUIRE_CUDA=1 insists)"
+        return (
+            f"cuda: {WHY_NO_CUDA}, so no device test is collected (BMTARD_REQUIRE_CUDA=1 insists)"
+        )
     return f"cuda: {WHY_NO_CUDA or torch.cuda.get_device_name()}"
 
 
