@@ -55,6 +55,8 @@ struct Machine {
   int threads = 0;
   int at_barrier = 0;
   int exited = 0;
+  std::vector<uint32_t> exited_lanes;                    // by warp
+  std::vector<std::vector<std::pair<uint32_t, int>>> arrivals;  // by warp: mask, lanes there
   uint32_t epoch = 1;
   size_t dynamic_bytes = 0;
   std::map<std::pair<const void*, size_t>, std::unique_ptr<SharedArray>> shared;
@@ -84,6 +86,23 @@ __attribute__((noinline)) void jump(jmp_buf& from, jmp_buf& to) {
 
 void to_scheduler() { jump(self().context, machine.scheduler); }
 
+// Nobody may wait for a thread that leaves.
+void check_exit() {
+  if (machine.at_barrier > 0) {
+    throw Fault(place(position.thread) + " leaves while others wait at a barrier");
+  }
+  const int lane = position.thread % kWarp;
+  const int first = position.thread - lane;
+  for (int i = first; i < std::min(first + kWarp, machine.threads); ++i) {
+    const Fiber& other = *machine.fibers[i];
+    if (other.state == State::kAtCollective && other.mask >> lane & 1) {
+      throw Fault(place(position.thread) + " leaves while lane " + std::to_string(i - first) +
+                  " waits for it in line " + std::to_string(other.line));
+    }
+  }
+  machine.exited_lanes[position.thread / kWarp] |= 1u << lane;
+}
+
 // A fiber lives through many threads: it runs one to its end and waits for the next.
 void fiber_main(unsigned index) {
   Fiber& fiber = *machine.fibers[index];
@@ -91,9 +110,7 @@ void fiber_main(unsigned index) {
   for (;;) {
     try {
       (*machine.body)();
-      if (machine.at_barrier > 0) {
-        throw Fault(place(position.thread) + " leaves while others wait at a barrier");
-      }
+      check_exit();
     } catch (...) {
       machine.fault = std::current_exception();
     }
@@ -152,6 +169,9 @@ void run_block(int threads, std::mt19937_64& random) {
   machine.threads = threads;
   machine.at_barrier = machine.exited = 0;
   machine.epoch = 1;
+  const int warps = (threads + kWarp - 1) / kWarp;
+  machine.exited_lanes.assign(warps, 0);
+  machine.arrivals.assign(warps, {});
   for (auto& [key, array] : machine.shared) array->clear();
   std::vector<int> order(threads);
   std::iota(order.begin(), order.end(), 0);
@@ -171,6 +191,12 @@ void run_block(int threads, std::mt19937_64& random) {
   }
 }
 
+// Whether two lanes that name each other have come to the same collective.
+bool together(const Fiber& a, const Fiber& b) {
+  return a.mask == b.mask && a.operation == b.operation && a.bytes == b.bytes &&
+         a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
+
 // Waits for the other lanes of the mask; the last one to come serves them all.
 void collective(uint32_t mask, Operation operation, int source, const void* in, void* out,
                 size_t bytes, const char* file, int line) {
@@ -180,6 +206,12 @@ void collective(uint32_t mask, Operation operation, int source, const void* in, 
   if (operation == Operation::kExchange && !(mask >> source & 1)) {
     fail("a lane reads from lane " + std::to_string(source) + ", which the mask leaves out",
          file, line);
+  }
+  if (mask & machine.exited_lanes[position.thread / kWarp]) {
+    fail("the mask names a lane that has left", file, line);
+  }
+  if (machine.threads - first < kWarp && mask >> (machine.threads - first) != 0) {
+    fail("the mask names a lane past the block", file, line);
   }
   Fiber& fiber = self();
   fiber.file = file;
@@ -191,27 +223,26 @@ void collective(uint32_t mask, Operation operation, int source, const void* in, 
   std::memcpy(fiber.in, in, bytes);
   fiber.state = State::kAtCollective;
 
-  bool complete = true;
-  for (int i = 0; i < kWarp; ++i) {
-    if (!(mask >> i & 1)) continue;
-    if (first + i >= machine.threads) fail("the mask names a lane past the block", file, line);
-    const Fiber& other = *machine.fibers[first + i];
-    if (other.state == State::kExited) {
-      fail("the mask names lane " + std::to_string(i) + ", which has left", file, line);
-    }
-    if (other.state != State::kAtCollective) {
-      complete = false;
-    } else if (other.mask != mask || other.operation != operation || other.bytes != bytes ||
-               other.line != line || std::strcmp(other.file, file) != 0) {
-      fail("lane " + std::to_string(i) + " of the mask is at another collective, line " +
-               std::to_string(other.line),
-           file, line);
-    }
+  const Fiber& leader = *machine.fibers[first + __builtin_ctz(mask)];
+  if (leader.state == State::kAtCollective && leader.mask >> lane & 1 &&
+      !together(leader, fiber)) {
+    fail("a lane of the mask is at another collective, line " + std::to_string(leader.line), file,
+         line);
   }
-  if (complete) {
+  auto& arrivals = machine.arrivals[position.thread / kWarp];
+  const auto same_mask = [&](const auto& entry) { return entry.first == mask; };
+  auto here = std::find_if(arrivals.begin(), arrivals.end(), same_mask);
+  if (here == arrivals.end()) here = arrivals.insert(here, {mask, 0});
+  if (++here->second == __builtin_popcount(mask)) {
+    here->second = 0;
     bool any = false;
     for (int i = 0; i < kWarp; ++i) {
-      if (mask >> i & 1) any = any || machine.fibers[first + i]->in[0] != 0;
+      if (!(mask >> i & 1)) continue;
+      const Fiber& other = *machine.fibers[first + i];
+      if (other.state != State::kAtCollective || !together(other, fiber)) {
+        fail("lane " + std::to_string(i) + " of the mask is elsewhere", file, line);
+      }
+      any = any || other.in[0] != 0;
     }
     for (int i = 0; i < kWarp; ++i) {
       if (!(mask >> i & 1)) continue;
@@ -226,7 +257,7 @@ void collective(uint32_t mask, Operation operation, int source, const void* in, 
   }
   // Also the last one gives the others their turn.
   to_scheduler();
-  std::memcpy(out, self().out, bytes);
+  std::memcpy(out, fiber.out, bytes);
 }
 
 }  // namespace
