@@ -322,7 +322,10 @@ bmtard_loss_kernel(const BMTARD_GRID_CONSTANT BMTARDLossArgs args, bool packed, 
       if (!alone && thread == 0) fill_slot(slots_after, width, k * kEntropySums, sums);
     }
     if (phase == kGradient) phase = kDone;
-    if (alone && phase != kDone) continue;
+    if (alone && phase != kDone) {
+      simt::block_barrier();  // all have read what is decided anew
+      continue;
+    }
     if (writes && !alone) {
       if (owns) after->teacher[thread] = teachers.own(thread);
       if (thread == 0) {

@@ -180,8 +180,7 @@ def draw(seed: int, n: int, c: int, dtype: str, *, scale: float = 3.0) -> Float6
 def log_softmax(logits: Float64, temperature: float | Float64 = 1.0) -> Float64:
     """The oracle, in float64. A row without finite logits is NaN."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        scaled = logits / temperature
-        shifted = scaled - scaled.max(-1, keepdims=True)
+        shifted = (logits - logits.max(-1, keepdims=True)) / temperature
         return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
