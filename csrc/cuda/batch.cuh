@@ -92,13 +92,6 @@ BMTARD_DEVICE void entropy_pass(const Matrix& logits, int64_t rows, int classes,
   block_total<Shape>(block, group, sums);
 }
 
-// Takes the sums at the temperature that the search has asked for.
-BMTARD_DEVICE void update_search(TemperatureSearch<double>& search, int64_t rows,
-                                 const double (&sums)[kEntropySums]) {
-  const double n = static_cast<double>(rows);
-  search.update({sums[0] / n, sums[1] / n, sums[2] / n});
-}
-
 // The tolerance in nats, or what rounding leaves of an entropy in R if that is more.
 template <typename R>
 BMTARD_DEVICE double search_tolerance(double tolerance, double log_count) {

@@ -102,10 +102,10 @@ template <typename R>
 BMTARD_DEVICE void decide(const BisectTemperatureArgs& args, Progress& progress,
                           const double (&sums)[kEntropySums]) {
   TemperatureSearch<double>& search = progress.search;
+  const double rows = static_cast<double>(args.rows);
   if (progress.phase == kStart) {
     progress.phase = kRange;
   } else if (progress.phase == kRange) {
-    const double rows = static_cast<double>(args.rows);
     const LogitRange<double> range = {sums[0] / rows, sums[1] / rows};
     search.target = at<R>(args.target_entropy, 0);
     search.log_count = range.log_count;
@@ -125,7 +125,7 @@ BMTARD_DEVICE void decide(const BisectTemperatureArgs& args, Progress& progress,
       search.finish(kDegenerate);
     }
   } else {
-    update_search(search, args.rows, sums);
+    search.update({sums[0] / rows, sums[1] / rows, sums[2] / rows});
   }
   if (progress.phase == kSearch && search.done) progress.phase = kDone;
 }

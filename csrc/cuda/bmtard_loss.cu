@@ -121,10 +121,10 @@ BMTARD_DEVICE void gradient_pass(const BMTARDLossArgs& args, int k, double tempe
 }
 
 // What comes after pass `phase`: the next phase, the same on all lanes of the warp. Lane k
-// decides for teacher k from `sums`, its totals of that pass.
+// decides for teacher k from its totals of that pass.
 template <typename R>
-BMTARD_DEVICE int32_t next_phase(const BMTARDLossArgs& args, int32_t phase, Teacher* teacher,
-                                 const double (&sums)[kEntropySums]) {
+BMTARD_DEVICE int32_t next_phase(const BMTARDLossArgs& args, int32_t phase, int lane,
+                                 Teacher* teacher, const simt::Shared<double>& totals) {
   const double rows = static_cast<double>(args.rows);
   if (phase == kStart) {
     if (!bisects(args)) return kLoss;
@@ -134,7 +134,7 @@ BMTARD_DEVICE int32_t next_phase(const BMTARDLossArgs& args, int32_t phase, Teac
   bool open = false;
   if (phase == kTarget) {
     // Where the sign rule comes to rest: the highest of the entropies at the lower bound.
-    double target = teacher ? sums[0] / rows : -std::numeric_limits<double>::infinity();
+    double target = teacher ? totals.get(lane * kEntropySums) / rows : -std::numeric_limits<double>::infinity();
     BMTARD_UNROLL
     for (int distance = simt::kWarp / 2; distance > 0; distance /= 2) {
       target = Max{}(target, simt::shuffle_xor(simt::kFullWarp, target, distance));
@@ -142,7 +142,7 @@ BMTARD_DEVICE int32_t next_phase(const BMTARDLossArgs& args, int32_t phase, Teac
     if (teacher) {
       TemperatureSearch<double>& search = teacher->search;
       search.target = target;
-      search.log_count = sums[3] / rows;
+      search.log_count = totals.get(lane * kEntropySums + 3) / rows;
       search.tolerance = search_tolerance<R>(args.tolerance, search.log_count);
       search.low = args.low;
       search.high = args.high;
@@ -157,7 +157,9 @@ BMTARD_DEVICE int32_t next_phase(const BMTARDLossArgs& args, int32_t phase, Teac
   if (teacher) {
     TemperatureSearch<double>& search = teacher->search;
     if (!search.done) {
-      update_search(search, args.rows, sums);
+      const int first = lane * kEntropySums;
+      search.update({totals.get(first) / rows, totals.get(first + 1) / rows,
+                     totals.get(first + 2) / rows});
       teacher->temperature =
           search.done ? move_temperature(teacher->current, search.temperature,
                                          args.temperature_momentum)
@@ -183,6 +185,7 @@ BMTARD_DEVICE void settle(const BMTARDLossArgs& args, const Board& board, int64_
   const double* initial_losses = step == 0 ? losses : board.initial_loss.read_all(K);
   double* weights = board.weight.own_all(K);
   bool finite = true;
+  BMTARD_ROLLED
   for (int k = 0; k < K; ++k) finite = finite && is_finite(losses[k]) && is_finite(entropies[k]);
   if (args.update && finite) {
     balance_weights(K, losses, initial_losses, simt::load(args.state.weight_lr),
@@ -190,6 +193,7 @@ BMTARD_DEVICE void settle(const BMTARDLossArgs& args, const Board& board, int64_
   }
   if (!writes) return;
   double loss = 0;
+  BMTARD_ROLLED
   for (int k = 0; k < K; ++k) loss += weights[k] * losses[k];
   put<R>(args.loss, 0, static_cast<R>(loss));
   if (!args.update) return;
@@ -198,6 +202,7 @@ BMTARD_DEVICE void settle(const BMTARDLossArgs& args, const Board& board, int64_
     simt::store(state.status, static_cast<int32_t>(kSkippedNonFinite));
     return;
   }
+  BMTARD_ROLLED
   for (int k = 0; k < K; ++k) {
     simt::store(state.temperatures + k, board.temperature.get(k));
     simt::store(state.weights + k, weights[k]);
@@ -225,6 +230,7 @@ bmtard_loss_kernel(const BMTARD_GRID_CONSTANT BMTARDLossArgs args, bool packed, 
   BMTARD_SHARED(double, loss, kMaxTeachers);
   BMTARD_SHARED(double, entropy, kMaxTeachers);
   BMTARD_SHARED(int32_t, searching, kMaxTeachers);
+  BMTARD_SHARED(double, totals, kMaxTeachers * kEntropySums);  // of the last pass
   BMTARD_SHARED(int32_t, next, 1);
   const Board board = {temperature, weight, initial_loss, loss, entropy};
   const Workspace<R> workspace = workspace_of<R>(args);
@@ -241,10 +247,10 @@ bmtard_loss_kernel(const BMTARD_GRID_CONSTANT BMTARDLossArgs args, bool packed, 
   Block<Shape::kThreads> block;
   Group<Shape> group(block);
   double sums[kEntropySums];
-  double mine[kEntropySums] = {0, 0, 0, 0};  // the totals of the teacher that this thread owns
-  const auto keep = [&](int k) {
+  const auto keep_totals = [&](int k) {
+    if (thread != 0) return;
     BMTARD_UNROLL
-    for (int i = 0; i < kEntropySums; ++i) mine[i] = thread == k ? sums[i] : mine[i];
+    for (int i = 0; i < kEntropySums; ++i) totals.set(k * kEntropySums + i, sums[i]);
   };
   int32_t phase = kStart;
   int64_t step;
@@ -264,14 +270,17 @@ bmtard_loss_kernel(const BMTARD_GRID_CONSTANT BMTARDLossArgs args, bool packed, 
       return;
     }
     if (owns) teachers.set(thread, before->teacher[thread]);
+    BMTARD_ROLLED
     for (int k = 0; k < args.teachers; ++k) {
       if (phase == kSearch && before->teacher[k].search.done) continue;
       slot_total(block, slots_before, width, k * kEntropySums, sums);
-      keep(k);
+      keep_totals(k);
     }
   }
 
   for (;;) {
+    // All totals are there, and nobody reads any more what is decided anew.
+    simt::block_barrier();
     if (phase == kLoss) {
       bool stopped = false;
       if (owns) {
@@ -279,8 +288,8 @@ bmtard_loss_kernel(const BMTARD_GRID_CONSTANT BMTARDLossArgs args, bool packed, 
         board.temperature.set(thread, teacher.temperature);
         board.weight.set(thread, teacher.weight);
         board.initial_loss.set(thread, teacher.initial_loss);
-        board.loss.set(thread, args.scale * mine[0]);
-        board.entropy.set(thread, mine[1] / static_cast<double>(args.rows));
+        board.loss.set(thread, args.scale * totals.get(thread * kEntropySums));
+        board.entropy.set(thread, totals.get(thread * kEntropySums + 1) / static_cast<double>(args.rows));
         stopped = bisects(args) && (teacher.search.status == kClampedLow ||
                                     teacher.search.status == kClampedHigh);
       }
@@ -292,7 +301,7 @@ bmtard_loss_kernel(const BMTARD_GRID_CONSTANT BMTARDLossArgs args, bool packed, 
     } else {
       if (thread < simt::kWarp) {
         Teacher* teacher = owns ? &teachers.own(thread) : nullptr;
-        const int32_t decided = next_phase<R>(args, phase, teacher, mine);
+        const int32_t decided = next_phase<R>(args, phase, thread, teacher, totals);
         if (owns) {
           board.temperature.set(thread, teacher->temperature);
           searching.set(thread, decided != kSearch || !teacher->search.done);
@@ -303,6 +312,7 @@ bmtard_loss_kernel(const BMTARD_GRID_CONSTANT BMTARDLossArgs args, bool packed, 
       phase = next.get(0);
     }
 
+    BMTARD_ROLLED
     for (int k = 0; k < args.teachers; ++k) {
       if (phase == kGradient) {
         gradient_pass<Shape, R>(args, k, board.temperature.get(k), board.weight.get(k), packed,
@@ -318,14 +328,11 @@ bmtard_loss_kernel(const BMTARD_GRID_CONSTANT BMTARDLossArgs args, bool packed, 
                             board.temperature.get(k), phase == kTarget, packed, block, group,
                             sums);
       }
-      keep(k);
+      keep_totals(k);
       if (!alone && thread == 0) fill_slot(slots_after, width, k * kEntropySums, sums);
     }
     if (phase == kGradient) phase = kDone;
-    if (alone && phase != kDone) {
-      simt::block_barrier();  // all have read what is decided anew
-      continue;
-    }
+    if (alone && phase != kDone) continue;
     if (writes && !alone) {
       if (owns) after->teacher[thread] = teachers.own(thread);
       if (thread == 0) {

@@ -61,19 +61,21 @@ int with_type(DataType dtype, Body body) {
 }
 
 // Calls body(shape) with the shape for rows of `classes`. Medium rows are kept in registers
-// only if `resident`.
+// only if `resident`. Doubles take two registers, so half the threads.
 template <int threads, bool resident = true, typename Body>
 int with_shape(DataType dtype, int64_t classes, Body body) {
   return with_type(dtype, [&](auto value) {
-    using Small = SmallShape<decltype(value), threads>;
-    using Medium = MediumShape<decltype(value), threads>;
+    using T = decltype(value);
+    constexpr int kThreads = std::is_same_v<T, double> ? threads / 2 : threads;
+    using Small = SmallShape<T, kThreads>;
+    using Medium = MediumShape<T, kThreads>;
     if (classes <= Small::kMaxClasses) return body(Small{});
     if (classes <= Medium::kMaxClasses) {
       return body(std::conditional_t<resident, Medium, StreamedShape<Medium>>{});
     }
     // A position in a row is an int.
     if (classes > INT_MAX / 2) return +simt::kInvalidValue;
-    return body(LargeShape<decltype(value), threads>{});
+    return body(LargeShape<T, kThreads>{});
   });
 }
 

@@ -55,6 +55,7 @@ struct Grid {
 #define BMTARD_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define BMTARD_GRID_CONSTANT __grid_constant__
 #define BMTARD_UNROLL _Pragma("unroll")
+#define BMTARD_ROLLED _Pragma("unroll 1")
 
 // Declares an array shared by the block; it is reached through simt::Shared.
 #define BMTARD_SHARED(T, name, count)     \

@@ -23,6 +23,7 @@
 #define BMTARD_KERNEL(threads) void
 #define BMTARD_GRID_CONSTANT
 #define BMTARD_UNROLL
+#define BMTARD_ROLLED
 
 // As static __shared__ memory: one array a block for each place in the code.
 #define BMTARD_SHARED(T, name, count)                                               \
