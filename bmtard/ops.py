@@ -436,11 +436,11 @@ def balanced_pairs(
     """The contract of :class:`BMTARDLoss` on its inputs; both as lists of K."""
     op, count = "BMTARDLoss", len(weights)
     students, teachers = _pair(op, student_logits, teacher_logits)
-    for name, logits in (("student_logits", students), ("teacher_logits", teachers)):
-        if len(logits) != count:
+    for name, side in (("student_logits", students), ("teacher_logits", teachers)):
+        if len(side) != count:
             raise ValueError(
                 f"{op}: {name} must be a sequence of {count} tensors, one for each teacher, "
-                f"got {len(logits)}"
+                f"got {len(side)}"
             )
     for k, logits in enumerate(teachers):
         if logits.requires_grad and torch.is_grad_enabled():

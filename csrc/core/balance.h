@@ -7,23 +7,28 @@
 
 BMTARD_NAMESPACE_BEGIN
 
+// (L / L0) ** exponent.
+BMTARD_HD double relative_loss(double loss, double initial_loss, double exponent) {
+  using std::pow;
+  // A teacher that was matched from the start has no relative speed: count it as 1.
+  const double r = initial_loss > 0 ? loss / initial_loss : 1.0;
+  if (!(r > 0)) return 0;  // rounding can leave a KL slightly below 0
+  return exponent == 1.0 ? r : pow(r, exponent);
+}
+
 // Normalization Loss Balance: each weight moves towards its teacher's share of the relative
-// losses r_k = (L_k / L0_k) ** exponent, then all are scaled to sum 1.
+// losses, then all are scaled to sum 1. The relative losses are computed twice, as an array
+// of them would lie in a GPU thread's local memory.
 BMTARD_HD void balance_weights(int32_t teachers, const double* losses, const double* initial_losses,
                                double weight_lr, double exponent, double* weights) {
-  using std::pow;
-  double relative[kMaxTeachers];
   double total = 0;
   for (int32_t k = 0; k < teachers; ++k) {
-    // A teacher that was matched from the start has no relative speed: count it as 1.
-    double r = initial_losses[k] > 0 ? losses[k] / initial_losses[k] : 1.0;
-    r = r > 0 ? r : 0;  // rounding can leave a KL slightly below 0
-    relative[k] = exponent == 1.0 ? r : pow(r, exponent);
-    total += relative[k];
+    total += relative_loss(losses[k], initial_losses[k], exponent);
   }
   double sum = 0;
   for (int32_t k = 0; k < teachers; ++k) {
-    const double share = total > 0 ? relative[k] / total : 1.0 / teachers;
+    const double relative = relative_loss(losses[k], initial_losses[k], exponent);
+    const double share = total > 0 ? relative / total : 1.0 / teachers;
     double w = (1.0 - weight_lr) * weights[k] + weight_lr * share;
     w = w > 0 ? w : 0;
     weights[k] = w;

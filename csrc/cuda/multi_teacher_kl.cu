@@ -1,0 +1,268 @@
+// KL of a student from each of K teachers by row, and its gradients.
+#include "../core/multi_teacher_kl.h"
+
+#include "kl_row.cuh"
+
+namespace bmtard {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <typename R, typename Args>
+BMTARD_DEVICE R inverse_temperature_of(const Args& args, int k) {
+  const double temperature = args.temperature
+                                 ? simt::load(args.temperature + k * args.temperature_stride)
+                                 : args.temperature_value;
+  return static_cast<R>(1 / temperature);
+}
+
+// The planes of the statistics, see kernels.h.
+enum Plane { kStudentMax, kStudentLogSum, kTeacherMax, kTeacherLogSum, kCenter };
+
+// Where plane `plane` has teacher k's row n.
+template <typename Args>
+BMTARD_DEVICE int64_t statistic(const Args& args, Plane plane, int k, int64_t n) {
+  return (static_cast<int64_t>(plane) * args.teachers + k) * args.rows + n;
+}
+
+// One group for a teacher's row. Both rows are read once if they fit into registers or
+// shared memory, else twice.
+template <typename Shape>
+BMTARD_KERNEL(Shape::kThreads)
+multi_teacher_kl_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLArgs args, bool packed,
+                        bool cached, int blocks_a_teacher) {
+  using T = typename Shape::Type;
+  using R = Real<T>;
+  Block<Shape::kThreads> block;
+  Group<Shape> group(block);
+  const int k = simt::block_id() / blocks_a_teacher;
+  const int64_t n = group.first_row() - static_cast<int64_t>(k) * blocks_a_teacher * Shape::kRows;
+  if (n >= args.rows) return;
+  const int classes = static_cast<int>(args.classes);
+  const auto row = [&](const Matrix& matrix, int place) {
+    const T* data = row_of<T>(matrix, n);
+    if constexpr (Shape::kTiles > 0) {
+      return Row<Shape>(data, classes, group.lane, packed);
+    } else {
+      const int offset = place * static_cast<int>(CachedRow<Shape>::stride(classes));
+      return CachedRow<Shape>(data, classes, group.lane, packed, simt::dynamic_shared<T>(),
+                              offset, cached);
+    }
+  };
+  const auto student = row(args.student[k], 0);
+  const auto teacher = row(args.teacher[k], 1);
+  const auto q = log_softmax<Shape>(student, classes,
+                                    static_cast<R>(1 / args.student_temperature), group);
+  const auto p = log_softmax<Shape>(teacher, classes, inverse_temperature_of<R>(args, k), group);
+  const auto sums = kl_sums<Shape>(student, teacher, classes, q, p, static_cast<R>(args.eps),
+                                   R(0), group);
+  if (group.lane == 0) {
+    put<R>(args.kl, static_cast<int64_t>(k) * args.rows + n, sums.kl);
+    if (args.statistics) {
+      put<R>(args.statistics, statistic(args, kStudentMax, k, n), q.max);
+      put<R>(args.statistics, statistic(args, kStudentLogSum, k, n), q.log_sum);
+      put<R>(args.statistics, statistic(args, kTeacherMax, k, n), p.max);
+      put<R>(args.statistics, statistic(args, kTeacherLogSum, k, n), p.log_sum);
+      put<R>(args.statistics, statistic(args, kCenter, k, n), sums.center);
+    }
+  }
+}
+
+// What the gradients of one row of one teacher need beside the logits.
+template <typename R>
+struct Pair {
+  LogSoftmax<R> q, p;
+  R center, coefficient, eps;
+
+  BMTARD_DEVICE Pair(const MultiTeacherKLBackwardArgs& args, int k, int64_t n)
+      : q{static_cast<R>(1 / args.student_temperature), get(args, kStudentMax, k, n),
+          get(args, kStudentLogSum, k, n)},
+        p{inverse_temperature_of<R>(args, k), get(args, kTeacherMax, k, n),
+          get(args, kTeacherLogSum, k, n)},
+        center(get(args, kCenter, k, n)),
+        coefficient(at<R>(args.coefficient, k * args.coefficient_teacher_stride +
+                                                n * args.coefficient_row_stride)),
+        eps(static_cast<R>(args.eps)) {}
+
+  BMTARD_DEVICE static R get(const MultiTeacherKLBackwardArgs& args, Plane plane, int k,
+                             int64_t n) {
+    return at<R>(args.statistics, statistic(args, plane, k, n));
+  }
+
+  // Adds to the gradients by a student's and a teacher's logit, and to that by the teacher's
+  // temperature, up to the factor -coefficient / temperature.
+  BMTARD_DEVICE void add(R student, R teacher, R& grad_student, R& grad_teacher,
+                         R& by_temperature) const {
+    using std::exp;
+    const R log_q = q(student), log_p = p(teacher);
+    const R probability = exp(log_p);
+    grad_student += coefficient * q.inverse_temperature * (exp(log_q) - probability);
+    const R by_scaled =
+        kl_by_scaled_teacher(probability, log_p, log_q, center, eps, eps > R(0));
+    grad_teacher += coefficient * p.inverse_temperature * by_scaled;
+    // Where p is 0, so is the first factor, but the second may be infinite.
+    by_temperature += probability > R(0) ? by_scaled * p.scaled(teacher) : by_scaled;
+  }
+};
+
+template <typename T>
+BMTARD_DEVICE T* gradient_row(void* const (&gradients)[kMaxTeachers], bool shared, int k,
+                              int64_t n, int64_t classes) {
+  T* const data = static_cast<T*>(gradients[shared ? 0 : k]);
+  return data ? data + n * classes : nullptr;
+}
+
+// One group for a teacher's row, or, if a student or teacher is shared, for that row of all
+// teachers. Reads each row once and writes each gradient once; a gradient by the temperature
+// takes a shared student or teacher one more read.
+template <typename Shape>
+BMTARD_KERNEL(Shape::kThreads)
+multi_teacher_kl_backward_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLBackwardArgs args,
+                                 bool packed, bool together, int blocks_a_teacher) {
+  using T = typename Shape::Type;
+  using R = Real<T>;
+  using Streamed = StreamedShape<Shape>;
+  Block<Shape::kThreads> block;
+  Group<Shape> group(block);
+  const int part = simt::block_id() / blocks_a_teacher;
+  const int64_t n =
+      group.first_row() - static_cast<int64_t>(part) * blocks_a_teacher * Shape::kRows;
+  if (n >= args.rows) return;
+  const int classes = static_cast<int>(args.classes);
+
+  const auto finish_temperature = [&](const Pair<R>& pair, int k, R by_temperature) {
+    if (!args.grad_temperature) return;
+    R sums[1] = {by_temperature};
+    group.sum(sums);
+    if (group.lane == 0) {
+      put<R>(args.grad_temperature, static_cast<int64_t>(k) * args.rows + n,
+             -pair.coefficient * pair.p.inverse_temperature * sums[0]);
+    }
+  };
+
+  if (!together) {
+    const int k = part;
+    const Pair<R> pair(args, k, n);
+    T* const to_student = gradient_row<T>(args.grad_student, false, k, n, args.classes);
+    T* const to_teacher = gradient_row<T>(args.grad_teacher, false, k, n, args.classes);
+    const Row<Shape> student(row_of<T>(args.student[k], n), classes, group.lane, packed);
+    const Row<Shape> teacher(row_of<T>(args.teacher[k], n), classes, group.lane, packed);
+    R by_temperature = 0;
+    for_each_tile<Shape>(classes, [&](int tile) {
+      const Tile<Shape> s = student.get(tile), t = teacher.get(tile);
+      Tile<Shape> grad_s{}, grad_t{};
+      BMTARD_UNROLL
+      for (int i = 0; i < Shape::kWidth; ++i) {
+        pair.add(s.value[i], t.value[i], grad_s.value[i], grad_t.value[i], by_temperature);
+      }
+      if (to_student) store_tile<Shape>(to_student, classes, tile, group.lane, packed, grad_s);
+      if (to_teacher) store_tile<Shape>(to_teacher, classes, tile, group.lane, packed, grad_t);
+    });
+    finish_temperature(pair, k, by_temperature);
+    return;
+  }
+
+  const auto for_each_teacher = [&](int tile, auto visit) {
+    for (int k = 0; k < args.teachers; ++k) {
+      visit(k, load_tile<Streamed>(row_of<T>(args.student[k], n), classes, tile, group.lane,
+                                   packed),
+            load_tile<Streamed>(row_of<T>(args.teacher[k], n), classes, tile, group.lane,
+                                packed));
+    }
+  };
+  bool any_logits = false;
+  for (int k = 0; k < args.teachers; ++k) {
+    any_logits = any_logits || args.grad_student[k] || args.grad_teacher[k];
+  }
+  if (any_logits) {
+    for_each_tile<Streamed>(classes, [&](int tile) {
+      Tile<Streamed> grad_s{}, grad_t{};
+      for_each_teacher(tile, [&](int k, const Tile<Streamed>& s, const Tile<Streamed>& t) {
+        const Pair<R> pair(args, k, n);
+        R ignored = 0;
+        BMTARD_UNROLL
+        for (int i = 0; i < Streamed::kWidth; ++i) {
+          pair.add(s.value[i], t.value[i], grad_s.value[i], grad_t.value[i], ignored);
+        }
+        // A shared gradient is complete after the last teacher.
+        const bool last = k + 1 == args.teachers;
+        if (last || !args.student_shared) {
+          T* const to = gradient_row<T>(args.grad_student, args.student_shared, k, n, classes);
+          if (to) store_tile<Streamed>(to, classes, tile, group.lane, packed, grad_s);
+          grad_s = {};
+        }
+        if (last || !args.teacher_shared) {
+          T* const to = gradient_row<T>(args.grad_teacher, args.teacher_shared, k, n, classes);
+          if (to) store_tile<Streamed>(to, classes, tile, group.lane, packed, grad_t);
+          grad_t = {};
+        }
+      });
+    });
+  }
+  if (!args.grad_temperature) return;
+  for (int k = 0; k < args.teachers; ++k) {
+    const Pair<R> pair(args, k, n);
+    R by_temperature = 0;
+    for_each_tile<Streamed>(classes, [&](int tile) {
+      const auto s = load_tile<Streamed>(row_of<T>(args.student[k], n), classes, tile, group.lane,
+                                         packed);
+      const auto t = load_tile<Streamed>(row_of<T>(args.teacher[k], n), classes, tile, group.lane,
+                                         packed);
+      R ignored[2] = {0, 0};
+      BMTARD_UNROLL
+      for (int i = 0; i < Streamed::kWidth; ++i) {
+        pair.add(s.value[i], t.value[i], ignored[0], ignored[1], by_temperature);
+      }
+    });
+    finish_temperature(pair, k, by_temperature);
+  }
+}
+
+template <typename Args>
+bool rows_packable(const Args& args) {
+  bool packed = true;
+  for (int32_t k = 0; k < args.teachers; ++k) {
+    packed = packed && packable(args.dtype, args.student[k]) &&
+             packable(args.dtype, args.teacher[k]);
+  }
+  return packed;
+}
+
+}  // namespace
+
+int multi_teacher_kl(const MultiTeacherKLArgs& args, void* stream) {
+  if (args.rows == 0) return 0;
+  return with_shape<kThreads>(args.dtype, args.classes, [&](auto shape) {
+    using Shape = decltype(shape);
+    const size_t cache = cache_bytes<Shape>(args.classes, 2);
+    const int64_t blocks = ceil_divide(args.rows, Shape::kRows);
+    return simt::launch(multi_teacher_kl_kernel<Shape>,
+                        {blocks * args.teachers, Shape::kThreads, cache}, stream, args,
+                        rows_packable(args), cache > 0, static_cast<int>(blocks));
+  });
+}
+
+int multi_teacher_kl_backward(const MultiTeacherKLBackwardArgs& args, void* stream) {
+  bool packed = rows_packable(args);
+  bool wanted = args.grad_temperature != nullptr;
+  for (int32_t k = 0; k < args.teachers; ++k) {
+    for (const void* gradient : {args.grad_student[k], args.grad_teacher[k]}) {
+      if (!gradient) continue;
+      wanted = true;
+      packed = packed && packable(args.dtype, gradient, args.classes);
+    }
+  }
+  if (args.rows == 0 || !wanted) return 0;
+  const bool together = args.teachers > 1 && (args.student_shared || args.teacher_shared);
+  return with_shape<kThreads>(args.dtype, args.classes, [&](auto shape) {
+    using Shape = decltype(shape);
+    const int64_t blocks = ceil_divide(args.rows, Shape::kRows);
+    return simt::launch(multi_teacher_kl_backward_kernel<Shape>,
+                        {blocks * (together ? 1 : args.teachers), Shape::kThreads}, stream, args,
+                        packed, together, static_cast<int>(blocks));
+  });
+}
+
+}  // namespace cuda
+}  // namespace bmtard

@@ -1,0 +1,130 @@
+// A step of projected gradient ascent on x_adv, in place.
+#include "../core/pgd_step.h"
+
+#include "rows.cuh"
+
+namespace bmtard {
+namespace cuda {
+namespace {
+
+constexpr int kLinfThreads = 256;
+constexpr int kL2Threads = 512;
+
+// Two tiles a thread; a block takes a chunk of kMaxClasses values of the whole batch.
+template <typename T>
+using LinfShape = Shape<T, kLinfThreads, kLinfThreads, 2 * 16 / sizeof(T)>;
+
+template <typename Shape>
+BMTARD_KERNEL(Shape::kThreads)
+pgd_linf_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, bool packed) {
+  using T = typename Shape::Type;
+  using R = Real<T>;
+  const int64_t first = static_cast<int64_t>(simt::block_id()) * Shape::kMaxClasses;
+  const int64_t left = args.samples * args.sample_size - first;
+  const int size = left < Shape::kMaxClasses ? static_cast<int>(left) : Shape::kMaxClasses;
+  const int lane = simt::thread_id();
+  T* out = static_cast<T*>(args.x_adv) + first;
+  const Row<Shape> x_adv(out, size, lane, packed);
+  const Row<Shape> grad(static_cast<const T*>(args.grad) + first, size, lane, packed);
+  const Row<Shape> x(static_cast<const T*>(args.x) + first, size, lane, packed);
+  const R step_size = static_cast<R>(args.step_size), epsilon = static_cast<R>(args.epsilon);
+  const R low = static_cast<R>(args.low), high = static_cast<R>(args.high);
+  for_each_tile<Shape>(size, [&](int tile) {
+    Tile<Shape> values = x_adv.get(tile);
+    const Tile<Shape> gradient = grad.get(tile), origin = x.get(tile);
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) {
+      values.value[i] = pgd_linf(values.value[i], gradient.value[i], origin.value[i], step_size,
+                                 epsilon, low, high);
+    }
+    store_tile<Shape>(out, size, tile, lane, packed, values);
+  });
+}
+
+// One block a sample: the norm of the gradient, the norm of the perturbation, the write.
+template <typename Shape>
+BMTARD_KERNEL(Shape::kThreads)
+pgd_l2_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, bool packed) {
+  using T = typename Shape::Type;
+  using R = Real<T>;
+  Block<Shape::kThreads> block;
+  const int64_t first = simt::block_id() * args.sample_size;
+  const int size = static_cast<int>(args.sample_size);
+  const int lane = simt::thread_id();
+  T* out = static_cast<T*>(args.x_adv) + first;
+  const Row<Shape> x_adv(out, size, lane, packed);
+  const Row<Shape> grad(static_cast<const T*>(args.grad) + first, size, lane, packed);
+  const Row<Shape> x(static_cast<const T*>(args.x) + first, size, lane, packed);
+
+  R squared[1] = {0};
+  const auto add_square = [&](int tile, int i, R value) {
+    if (class_of<Shape>(tile, i, lane, packed) < size) squared[0] += value * value;
+  };
+  for_each_tile<Shape>(size, [&](int tile) {
+    const Tile<Shape> gradient = grad.get(tile);
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) add_square(tile, i, gradient.value[i]);
+  });
+  block.reduce(squared, Add{});
+  const R step = l2_step_scale(squared[0], static_cast<R>(args.step_size));
+
+  // The perturbation after the step, before it is projected.
+  const auto moved = [&](int tile, const Tile<Shape>& origin) {
+    Tile<Shape> values = x_adv.get(tile);
+    const Tile<Shape> gradient = grad.get(tile);
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) {
+      // Without a step the gradient may be anything; 0 * NaN shall not reach the image.
+      if (step > R(0)) values.value[i] += step * gradient.value[i];
+      values.value[i] -= origin.value[i];
+    }
+    return values;
+  };
+  squared[0] = 0;
+  for_each_tile<Shape>(size, [&](int tile) {
+    const Tile<Shape> perturbation = moved(tile, x.get(tile));
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) add_square(tile, i, perturbation.value[i]);
+  });
+  block.reduce(squared, Add{});
+  const R projection = l2_projection_scale(squared[0], static_cast<R>(args.epsilon));
+
+  const R low = static_cast<R>(args.low), high = static_cast<R>(args.high);
+  for_each_tile<Shape>(size, [&](int tile) {
+    const Tile<Shape> origin = x.get(tile);
+    Tile<Shape> values = moved(tile, origin);
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) {
+      values.value[i] = clamped(origin.value[i] + projection * values.value[i], low, high);
+    }
+    store_tile<Shape>(out, size, tile, lane, packed, values);
+  });
+}
+
+}  // namespace
+
+int pgd_step(const PgdStepArgs& args, void* stream) {
+  if (args.samples == 0 || args.sample_size == 0) return 0;
+  // Chunks are whole multiples of 16 bytes; samples may not be.
+  const int64_t stride = args.l2 ? args.sample_size : 0;
+  const bool packed = packable(args.dtype, args.x_adv, stride) &&
+                      packable(args.dtype, args.grad, stride) &&
+                      packable(args.dtype, args.x, stride);
+  return with_type(args.dtype, [&](auto value) {
+    using T = decltype(value);
+    if (args.l2) {
+      using Shape = LargeShape<T, kL2Threads>;
+      if (args.sample_size > INT_MAX / 2) return +simt::kInvalidValue;
+      return simt::launch(pgd_l2_kernel<Shape>, {args.samples, Shape::kThreads}, stream, args,
+                          packed);
+    }
+    using Shape = LinfShape<T>;
+    return simt::launch(
+        pgd_linf_kernel<Shape>,
+        {ceil_divide(args.samples * args.sample_size, Shape::kMaxClasses), Shape::kThreads},
+        stream, args, packed);
+  });
+}
+
+}  // namespace cuda
+}  // namespace bmtard

@@ -1,0 +1,481 @@
+// How the kernels share out the rows of a matrix among threads.
+//
+// A group of kLanes threads (part of a warp, a warp, or the block) takes a row. The row is
+// cut into tiles of kLanes * kWidth classes, of which a thread takes kWidth: neighbours
+// that move in one 16-byte access where every row is aligned ("packed"), else every
+// kLanes-th. With kTiles > 0 the row has at most that many tiles and is kept in registers;
+// with kTiles == 0 it is read again at every pass.
+#pragma once
+
+#include <climits>
+#include <limits>
+#include <type_traits>
+
+#include "../core/common.h"
+#include "../core/softmax_entropy.h"
+#include "../core/temperature_search.h"
+#include "../kernels.h"
+#include "simt.cuh"
+
+namespace bmtard {
+namespace cuda {
+
+// What values of type T are computed in.
+template <typename T>
+using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T, int lanes, int threads, int values>
+struct Shape {
+  using Type = T;
+  static constexpr int kLanes = lanes;
+  static constexpr int kThreads = threads;  // of a block
+  static constexpr int kRows = threads / lanes;
+  static constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+  static constexpr int kWidth = values > 0 && values < kVector ? values : kVector;
+  static constexpr int kTiles = values / kWidth;
+  static constexpr int kSpan = lanes * kWidth;
+  static constexpr int kMaxClasses = kTiles * kSpan;
+};
+
+// Rows of up to 32 classes: four to a warp.
+template <typename T, int threads>
+using SmallShape = Shape<T, 8, threads, 4>;
+// Rows of up to 1024 classes (512 in double): one to a warp.
+template <typename T, int threads>
+using MediumShape = Shape<T, simt::kWarp, threads, 128 / sizeof(Real<T>)>;
+template <typename T, int threads>
+using LargeShape = Shape<T, threads, threads, 0>;
+// The same groups, with rows that are not kept.
+template <typename S>
+using StreamedShape = Shape<typename S::Type, S::kLanes, S::kThreads, 0>;
+
+template <typename Body>
+int with_type(DataType dtype, Body body) {
+  switch (dtype) {
+    case DataType::kFloat64: return body(double{});
+    case DataType::kFloat32: return body(float{});
+    case DataType::kBFloat16: return body(BFloat16{});
+    case DataType::kFloat16: return body(Float16{});
+  }
+  return simt::kInvalidValue;
+}
+
+// Calls body(shape) with the shape for rows of `classes`. Medium rows are kept in registers
+// only if `resident`. Doubles take two registers, so half the threads.
+template <int threads, bool resident = true, typename Body>
+int with_shape(DataType dtype, int64_t classes, Body body) {
+  return with_type(dtype, [&](auto value) {
+    using T = decltype(value);
+    constexpr int kThreads = std::is_same_v<T, double> ? threads / 2 : threads;
+    using Small = SmallShape<T, kThreads>;
+    using Medium = MediumShape<T, kThreads>;
+    if (classes <= Small::kMaxClasses) return body(Small{});
+    if (classes <= Medium::kMaxClasses) {
+      return body(std::conditional_t<resident, Medium, StreamedShape<Medium>>{});
+    }
+    // A position in a row is an int.
+    if (classes > INT_MAX / 2) return +simt::kInvalidValue;
+    return body(LargeShape<T, kThreads>{});
+  });
+}
+
+inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether every row begins at a multiple of 16 bytes.
+inline bool packable(DataType dtype, const void* data, int64_t row_stride) {
+  const int64_t size = dtype == DataType::kFloat64 ? 8 : dtype == DataType::kFloat32 ? 4 : 2;
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride * size % 16 == 0;
+}
+inline bool packable(DataType dtype, const Matrix& matrix) {
+  return packable(dtype, matrix.data, matrix.row_stride);
+}
+
+template <typename T>
+BMTARD_DEVICE const T* row_of(const Matrix& matrix, int64_t row) {
+  return static_cast<const T*>(matrix.data) + row * matrix.row_stride;
+}
+
+template <typename T>
+BMTARD_DEVICE T at(const void* data, int64_t i) {
+  return simt::load(static_cast<const T*>(data) + i);
+}
+
+template <typename T>
+BMTARD_DEVICE void put(void* data, int64_t i, T value) {
+  simt::store(static_cast<T*>(data) + i, value);
+}
+
+struct Add {
+  template <typename V>
+  BMTARD_DEVICE V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+
+// Passes over a NaN in b.
+struct Max {
+  template <typename V>
+  BMTARD_DEVICE V operator()(V a, V b) const {
+    return b > a ? b : a;
+  }
+};
+
+// Reductions over a block. Every thread gets the same bits, in an order that is fixed.
+template <int threads>
+class Block {
+ public:
+  template <typename V, int n, typename Combine>
+  BMTARD_DEVICE void reduce(V (&values)[n], Combine combine) {
+    constexpr int kWarps = threads / simt::kWarp;
+    BMTARD_UNROLL
+    for (int distance = simt::kWarp / 2; distance > 0; distance /= 2) {
+      BMTARD_UNROLL
+      for (int i = 0; i < n; ++i) {
+        values[i] = combine(values[i], simt::shuffle_xor(simt::kFullWarp, values[i], distance));
+      }
+    }
+    // Two buffers by turns, so that a barrier lies between two uses of one.
+    BMTARD_SHARED(V, scratch, 2 * kWarps * n);
+    turn_ ^= 1;
+    const int base = turn_ * kWarps * n;
+    const int thread = simt::thread_id();
+    if (thread % simt::kWarp == 0) {
+      BMTARD_UNROLL
+      for (int i = 0; i < n; ++i) scratch.set(base + thread / simt::kWarp * n + i, values[i]);
+    }
+    simt::block_barrier();
+    BMTARD_UNROLL
+    for (int i = 0; i < n; ++i) {
+      values[i] = scratch.get(base + i);
+      BMTARD_UNROLL
+      for (int warp = 1; warp < kWarps; ++warp) {
+        values[i] = combine(values[i], scratch.get(base + warp * n + i));
+      }
+    }
+  }
+
+ private:
+  int turn_ = 0;
+};
+
+// The threads that share a row.
+template <typename Shape>
+class Group {
+ public:
+  BMTARD_DEVICE explicit Group(Block<Shape::kThreads>& block)
+      : lane(simt::thread_id() % Shape::kLanes), block_(block) {}
+
+  // The first row of this group; the next is `row_step()` further.
+  BMTARD_DEVICE int64_t first_row() const {
+    return static_cast<int64_t>(simt::block_id()) * Shape::kRows +
+           simt::thread_id() / Shape::kLanes;
+  }
+  BMTARD_DEVICE int64_t row_step() const {
+    return static_cast<int64_t>(simt::grid_blocks()) * Shape::kRows;
+  }
+
+  template <typename V, int n, typename Combine>
+  BMTARD_DEVICE void reduce(V (&values)[n], Combine combine) {
+    if constexpr (Shape::kLanes > simt::kWarp) {
+      block_.reduce(values, combine);
+    } else {
+      const int first = simt::thread_id() % simt::kWarp / Shape::kLanes * Shape::kLanes;
+      const uint32_t mask = (simt::kFullWarp >> (simt::kWarp - Shape::kLanes)) << first;
+      BMTARD_UNROLL
+      for (int distance = Shape::kLanes / 2; distance > 0; distance /= 2) {
+        BMTARD_UNROLL
+        for (int i = 0; i < n; ++i) {
+          values[i] = combine(values[i], simt::shuffle_xor(mask, values[i], distance));
+        }
+      }
+    }
+  }
+
+  template <typename V, int n>
+  BMTARD_DEVICE void sum(V (&values)[n]) {
+    reduce(values, Add{});
+  }
+
+  template <typename V>
+  BMTARD_DEVICE V max(V value) {
+    V values[1] = {value};
+    reduce(values, Max{});
+    return values[0];
+  }
+
+  const int lane;
+
+ private:
+  Block<Shape::kThreads>& block_;
+};
+
+template <typename Shape>
+struct Tile {
+  Real<typename Shape::Type> value[Shape::kWidth];
+};
+
+template <typename Shape, typename Visit>
+BMTARD_DEVICE void for_each_tile(int classes, Visit visit) {
+  if constexpr (Shape::kTiles > 0) {
+    BMTARD_UNROLL
+    for (int tile = 0; tile < Shape::kTiles; ++tile) {
+      if (tile * Shape::kSpan < classes) visit(tile);
+    }
+  } else {
+    for (int tile = 0; tile < (classes + Shape::kSpan - 1) / Shape::kSpan; ++tile) visit(tile);
+  }
+}
+
+// The class of a thread's i-th value in a tile.
+template <typename Shape>
+BMTARD_DEVICE int class_of(int tile, int i, int lane, bool packed) {
+  return tile * Shape::kSpan + (packed ? lane * Shape::kWidth + i : i * Shape::kLanes + lane);
+}
+
+// Past the end of the row: -inf, a class without weight.
+template <typename Shape>
+BMTARD_DEVICE Tile<Shape> load_tile(const typename Shape::Type* row, int classes, int tile,
+                                    int lane, bool packed) {
+  using R = Real<typename Shape::Type>;
+  Tile<Shape> out;
+  const int first = class_of<Shape>(tile, 0, lane, packed);
+  if (packed && first + Shape::kWidth <= classes) {
+    const auto pack = simt::load_pack<Shape::kWidth>(row + first);
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) out.value[i] = simt::widen(pack.value[i]);
+  } else {
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) {
+      const int j = class_of<Shape>(tile, i, lane, packed);
+      out.value[i] =
+          j < classes ? simt::widen(simt::load(row + j)) : -std::numeric_limits<R>::infinity();
+    }
+  }
+  return out;
+}
+
+template <typename Shape>
+BMTARD_DEVICE void store_tile(typename Shape::Type* row, int classes, int tile, int lane,
+                              bool packed, const Tile<Shape>& in) {
+  using T = typename Shape::Type;
+  const int first = class_of<Shape>(tile, 0, lane, packed);
+  if (packed && first + Shape::kWidth <= classes) {
+    Pack<T, Shape::kWidth> pack;
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) pack.value[i] = simt::narrow<T>(in.value[i]);
+    simt::store_pack<Shape::kWidth>(row + first, pack);
+  } else {
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) {
+      const int j = class_of<Shape>(tile, i, lane, packed);
+      if (j < classes) simt::store(row + j, simt::narrow<T>(in.value[i]));
+    }
+  }
+}
+
+// A row to read: in registers, or streamed from global memory at every pass.
+template <typename Shape, bool kResident = (Shape::kTiles > 0)>
+class Row;
+
+template <typename Shape>
+class Row<Shape, true> {
+ public:
+  BMTARD_DEVICE Row(const typename Shape::Type* row, int classes, int lane, bool packed) {
+    BMTARD_UNROLL
+    for (int tile = 0; tile < Shape::kTiles; ++tile) {
+      tiles_[tile] = load_tile<Shape>(row, classes, tile, lane, packed);
+    }
+  }
+  BMTARD_DEVICE Tile<Shape> get(int tile) const { return tiles_[tile]; }
+
+ private:
+  Tile<Shape> tiles_[Shape::kTiles];
+};
+
+template <typename Shape>
+class Row<Shape, false> {
+ public:
+  BMTARD_DEVICE Row(const typename Shape::Type* row, int classes, int lane, bool packed)
+      : row_(row), classes_(classes), lane_(lane), packed_(packed) {}
+  BMTARD_DEVICE Tile<Shape> get(int tile) const {
+    return load_tile<Shape>(row_, classes_, tile, lane_, packed_);
+  }
+
+ private:
+  const typename Shape::Type* row_;
+  int classes_, lane_;
+  bool packed_;
+};
+
+// A streamed row that moves to shared memory on the way, if `cached`. A thread reads back
+// only what it wrote itself, so no barrier is needed.
+template <typename Shape>
+class CachedRow {
+ public:
+  using T = typename Shape::Type;
+
+  BMTARD_DEVICE CachedRow(const T* row, int classes, int lane, bool packed,
+                          simt::Shared<T> cache, int offset, bool cached)
+      : row_(row), classes_(classes), lane_(lane), packed_(packed), cached_(cached),
+        offset_(offset + lane * Shape::kWidth), cache_(cache) {
+    if (!cached_) return;
+    for_each_tile<Shape>(classes, [&](int tile) {
+      const Tile<Shape> values = load_tile<Shape>(row_, classes_, tile, lane_, packed_);
+      Pack<T, Shape::kWidth> pack;
+      BMTARD_UNROLL
+      for (int i = 0; i < Shape::kWidth; ++i) pack.value[i] = simt::narrow<T>(values.value[i]);
+      cache_.template set_pack<Shape::kWidth>(offset_ + tile * Shape::kSpan, pack);
+    });
+  }
+  BMTARD_DEVICE Tile<Shape> get(int tile) const {
+    if (!cached_) return load_tile<Shape>(row_, classes_, tile, lane_, packed_);
+    const auto pack = cache_.template get_pack<Shape::kWidth>(offset_ + tile * Shape::kSpan);
+    Tile<Shape> out;
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) out.value[i] = simt::widen(pack.value[i]);
+    return out;
+  }
+
+  // Values of the cache that one row takes.
+  static constexpr int64_t stride(int64_t classes) {
+    return (classes + Shape::kSpan - 1) / Shape::kSpan * Shape::kSpan;
+  }
+
+ private:
+  const T* row_;
+  int classes_, lane_;
+  bool packed_, cached_;
+  int offset_;
+  simt::Shared<T> cache_;
+};
+
+// Dynamic shared memory for `rows` cached rows of a block, or 0 where they do not fit.
+template <typename Shape>
+size_t cache_bytes(int64_t classes, int rows) {
+  if constexpr (Shape::kTiles > 0) {
+    return 0;
+  } else {
+    constexpr size_t kOthers = 4 * 1024;           // what the kernels declare themselves
+    constexpr size_t kWorthwhile = 96 * 1024;      // more would leave a multiprocessor idle
+    const size_t bytes = static_cast<size_t>(CachedRow<Shape>::stride(classes)) * rows *
+                         sizeof(typename Shape::Type);
+    return bytes <= kWorthwhile && bytes + kOthers <= simt::max_shared_bytes() ? bytes : 0;
+  }
+}
+
+template <typename Shape, typename RowType>
+BMTARD_DEVICE Real<typename Shape::Type> row_max(const RowType& row, int classes,
+                                                 Group<Shape>& group) {
+  using R = Real<typename Shape::Type>;
+  R max = -std::numeric_limits<R>::infinity();
+  for_each_tile<Shape>(classes, [&](int tile) {
+    const Tile<Shape> values = row.get(tile);
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) max = Max{}(max, values.value[i]);
+  });
+  return group.max(max);
+}
+
+template <typename Shape, typename R>
+BMTARD_DEVICE void sum_over(Group<Shape>& group, EntropySums<R>& sums) {
+  R values[2] = {sums.s0, sums.s1};
+  group.sum(values);
+  sums = {values[0], values[1]};
+}
+
+template <typename Shape, typename R>
+BMTARD_DEVICE void sum_over(Group<Shape>& group, EntropyMoments<R>& sums) {
+  R values[4] = {sums.s0, sums.s1, sums.s2, sums.s3};
+  group.sum(values);
+  sums = {values[0], values[1], values[2], values[3]};
+}
+
+struct Ignore {
+  template <typename R>
+  BMTARD_DEVICE void operator()(R) const {}
+};
+
+// The sums of u = (z - max) / temperature over a row whose maximum is known. Here and
+// below each thread shows its values to `observe` on the way.
+template <typename Sums, typename Shape, typename RowType, typename R, typename Observe = Ignore>
+BMTARD_DEVICE Sums sums_below(const RowType& row, int classes, R max, R inverse_temperature,
+                              Group<Shape>& group, Observe observe = {}) {
+  Sums sums{};
+  for_each_tile<Shape>(classes, [&](int tile) {
+    const Tile<Shape> values = row.get(tile);
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) {
+      observe(values.value[i]);
+      accumulate(sums, (values.value[i] - max) * inverse_temperature);
+    }
+  });
+  sum_over(group, sums);
+  return sums;
+}
+
+// The same sums and the maximum, from one look at a row that is not in registers: each
+// thread keeps its sums relative to the maximum of what it has seen.
+template <typename Sums, typename Shape, typename RowType, typename R, typename Observe = Ignore>
+BMTARD_DEVICE Sums online_sums(const RowType& row, int classes, R inverse_temperature,
+                               Group<Shape>& group, R& max, Observe observe = {}) {
+  constexpr R kNothing = -std::numeric_limits<R>::infinity();
+  Sums sums{};
+  R seen = kNothing;
+  for_each_tile<Shape>(classes, [&](int tile) {
+    const Tile<Shape> values = row.get(tile);
+    R top = seen;
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) top = Max{}(top, values.value[i]);
+    if (top > seen) {
+      sums = shifted(sums, (seen - top) * inverse_temperature);
+      seen = top;
+    }
+    // While all were masked, -inf - 0 keeps them so.
+    const R base = seen == kNothing ? R(0) : seen;
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) {
+      observe(values.value[i]);
+      accumulate(sums, (values.value[i] - base) * inverse_temperature);
+    }
+  });
+  max = group.max(seen);
+  sums = shifted(sums, (seen - max) * inverse_temperature);
+  sum_over(group, sums);
+  return sums;
+}
+
+template <typename Sums, typename Shape, typename RowType, typename R, typename Observe = Ignore>
+BMTARD_DEVICE Sums softmax_sums(const RowType& row, int classes, R inverse_temperature,
+                                Group<Shape>& group, R& max, Observe observe = {}) {
+  if constexpr (Shape::kTiles > 0) {
+    max = row_max<Shape>(row, classes, group);
+    return sums_below<Sums, Shape>(row, classes, max, inverse_temperature, group, observe);
+  } else {
+    return online_sums<Sums, Shape>(row, classes, inverse_temperature, group, max, observe);
+  }
+}
+
+// See core/temperature_search.h.
+template <typename Shape, typename RowType, typename R>
+BMTARD_DEVICE LogitRange<R> logit_range(const RowType& row, int classes, R max,
+                                        Group<Shape>& group) {
+  using std::log;
+  R sums[3] = {0, 0, 0};  // of 1, d and d^2, d = z - max
+  for_each_tile<Shape>(classes, [&](int tile) {
+    const Tile<Shape> values = row.get(tile);
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) {
+      if (!(values.value[i] > -std::numeric_limits<R>::infinity())) continue;
+      const R d = values.value[i] - max;
+      sums[0] += 1;
+      sums[1] += d;
+      sums[2] += d * d;
+    }
+  });
+  group.sum(sums);
+  const R mean = sums[1] / sums[0];
+  return {log(sums[0]), sums[2] / sums[0] - mean * mean};
+}
+
+}  // namespace cuda
+}  // namespace bmtard

@@ -1,0 +1,213 @@
+// What the kernels ask of the machine. The only file that names CUDA's own functions:
+// kernels and launchers are written against it, and tests/simt puts another
+// implementation in its place that runs the same text on the CPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace bmtard {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+// n neighbouring values that move in one access.
+template <typename T, int n>
+struct alignas(sizeof(T) * n) Pack {
+  T value[n];
+};
+
+namespace simt {
+
+constexpr int kWarp = 32;
+constexpr uint32_t kFullWarp = 0xffffffffu;
+
+struct Grid {
+  int64_t blocks;
+  int threads;
+  size_t shared_bytes = 0;  // dynamic
+};
+
+}  // namespace simt
+}  // namespace bmtard
+
+#if defined(BMTARD_SIMT_HOST)
+
+#include "simt_host.h"
+
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <climits>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#define BMTARD_DEVICE __device__ __forceinline__
+#define BMTARD_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define BMTARD_GRID_CONSTANT __grid_constant__
+#define BMTARD_UNROLL _Pragma("unroll")
+#define BMTARD_ROLLED _Pragma("unroll 1")
+
+// Declares an array shared by the block; it is reached through simt::Shared.
+#define BMTARD_SHARED(T, name, count)     \
+  __shared__ T name##_storage[(count)]; \
+  const ::bmtard::simt::Shared<T> name { name##_storage }
+
+namespace bmtard {
+namespace simt {
+
+// Shared memory. Between two barriers an element has either readers or one owner.
+template <typename T>
+struct Shared {
+  T* data;
+
+  BMTARD_DEVICE T get(int i) const { return data[i]; }
+  BMTARD_DEVICE void set(int i, T value) const { data[i] = value; }
+  BMTARD_DEVICE T& own(int i) const { return data[i]; }  // read and written by this thread
+  // The first n elements, to hand to a function on plain pointers.
+  BMTARD_DEVICE const T* read_all(int) const { return data; }
+  BMTARD_DEVICE T* own_all(int) const { return data; }
+  template <int n>
+  BMTARD_DEVICE Pack<T, n> get_pack(int i) const {
+    return *reinterpret_cast<const Pack<T, n>*>(data + i);
+  }
+  template <int n>
+  BMTARD_DEVICE void set_pack(int i, const Pack<T, n>& pack) const {
+    *reinterpret_cast<Pack<T, n>*>(data + i) = pack;
+  }
+};
+
+// The launch's dynamic shared memory, aligned to 16 bytes.
+template <typename T>
+BMTARD_DEVICE Shared<T> dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char dynamic_shared_storage[];
+  return {reinterpret_cast<T*>(dynamic_shared_storage)};
+}
+
+BMTARD_DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }
+BMTARD_DEVICE int block_id() { return static_cast<int>(blockIdx.x); }
+BMTARD_DEVICE int grid_blocks() { return static_cast<int>(gridDim.x); }
+
+BMTARD_DEVICE void block_barrier() { __syncthreads(); }
+
+// The value of the lane whose number differs in the bits of `distance`. All lanes of
+// `mask`, and no other, call it together.
+template <typename V>
+BMTARD_DEVICE V shuffle_xor(uint32_t mask, V value, int distance) {
+  return __shfl_xor_sync(mask, value, distance);
+}
+
+BMTARD_DEVICE bool any(uint32_t mask, bool predicate) { return __any_sync(mask, predicate) != 0; }
+
+template <typename T>
+BMTARD_DEVICE T load(const T* from) {
+  __builtin_assume(__isGlobal(from));
+  return *from;
+}
+
+template <typename T>
+BMTARD_DEVICE void store(T* to, T value) {
+  __builtin_assume(__isGlobal(to));
+  *to = value;
+}
+
+// Global memory aligned to the size of the pack.
+template <int n, typename T>
+BMTARD_DEVICE Pack<T, n> load_pack(const T* from) {
+  __builtin_assume(__isGlobal(from));
+  return *reinterpret_cast<const Pack<T, n>*>(from);
+}
+
+template <int n, typename T>
+BMTARD_DEVICE void store_pack(T* to, const Pack<T, n>& pack) {
+  __builtin_assume(__isGlobal(to));
+  *reinterpret_cast<Pack<T, n>*>(to) = pack;
+}
+
+BMTARD_DEVICE double widen(double x) { return x; }
+BMTARD_DEVICE float widen(float x) { return x; }
+BMTARD_DEVICE float widen(BFloat16 x) { return __bfloat162float(__ushort_as_bfloat16(x.bits)); }
+BMTARD_DEVICE float widen(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+
+// Rounds to nearest, ties to even.
+template <typename T, typename R>
+BMTARD_DEVICE T narrow(R x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    return {__half_as_ushort(__float2half_rn(x))};
+  } else {
+    return x;
+  }
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0;
+  int value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) return 0;
+  return value;
+}
+
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
+// Bytes of shared memory that one block can have.
+inline size_t max_shared_bytes() {
+  return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
+constexpr int kInvalidValue = cudaErrorInvalidValue;
+
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), const Grid& grid, void* stream,
+           Arguments&&... arguments) {
+  if (grid.blocks > INT_MAX) return kInvalidValue;
+  constexpr size_t kAlwaysAllowed = 48 * 1024;
+  cudaError_t error = cudaSuccess;
+  if (grid.shared_bytes > kAlwaysAllowed) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(grid.shared_bytes));
+  }
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+    config.dynamicSmemBytes = grid.shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  }
+  // It is reported here; nobody else shall find it as the last error.
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return error;
+}
+
+inline const char* error_string(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+inline int runtime_version() {
+  int version = 0;
+  return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+inline std::string architectures() {
+  std::string names;
+  for (const int architecture : {__CUDA_ARCH_LIST__}) {
+    names += (names.empty() ? "" : ";") + std::to_string(architecture / 10);
+  }
+  return names;
+}
+
+}  // namespace simt
+}  // namespace bmtard
+
+#endif

@@ -1,0 +1,106 @@
+// Entropy of softmax(logits / temperature) by row, and its gradient.
+#include "../core/softmax_entropy.h"
+
+#include "rows.cuh"
+
+namespace bmtard {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <typename R, typename Args>
+BMTARD_DEVICE R temperature_of(const Args& args, int64_t row) {
+  return args.temperature ? at<R>(args.temperature, row * args.temperature_stride)
+                          : static_cast<R>(args.temperature_value);
+}
+
+// One group a row; the row is read once.
+template <typename Shape>
+BMTARD_KERNEL(Shape::kThreads)
+softmax_entropy_kernel(const BMTARD_GRID_CONSTANT SoftmaxEntropyArgs args, bool packed) {
+  using T = typename Shape::Type;
+  using R = Real<T>;
+  using std::log;
+  Block<Shape::kThreads> block;
+  Group<Shape> group(block);
+  const int64_t row = group.first_row();
+  if (row >= args.rows) return;
+  const int classes = static_cast<int>(args.classes);
+  const R inverse = 1 / temperature_of<R>(args, row);
+  const Row<Shape> logits(row_of<T>(args.logits, row), classes, group.lane, packed);
+  R max;
+  const auto sums = softmax_sums<EntropySums<R>, Shape>(logits, classes, inverse, group, max);
+  if (group.lane == 0) {
+    put<R>(args.entropy, row, entropy_of(sums));
+    if (args.statistics) {
+      put<R>(args.statistics, row, max);
+      put<R>(args.statistics, args.rows + row, log(sums.s0));
+    }
+  }
+}
+
+// One group a row; one read and one write.
+template <typename Shape>
+BMTARD_KERNEL(Shape::kThreads)
+softmax_entropy_backward_kernel(const BMTARD_GRID_CONSTANT SoftmaxEntropyBackwardArgs args,
+                                bool packed) {
+  using T = typename Shape::Type;
+  using R = Real<T>;
+  Block<Shape::kThreads> block;
+  Group<Shape> group(block);
+  const int64_t row = group.first_row();
+  if (row >= args.rows) return;
+  const int classes = static_cast<int>(args.classes);
+  const R inverse = 1 / temperature_of<R>(args, row);
+  const R entropy = at<R>(args.entropy, row);
+  const R max = at<R>(args.statistics, row);
+  const R log_sum = at<R>(args.statistics, args.rows + row);
+  const R grad = at<R>(args.grad_entropy, row * args.grad_entropy_stride);
+  const Row<Shape> logits(row_of<T>(args.logits, row), classes, group.lane, packed);
+  T* grad_logits = args.grad_logits ? static_cast<T*>(args.grad_logits) + row * args.classes
+                                    : nullptr;
+  R variance[1] = {0};
+  for_each_tile<Shape>(classes, [&](int tile) {
+    const Tile<Shape> values = logits.get(tile);
+    Tile<Shape> gradient;
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) {
+      const R log_p = (values.value[i] - max) * inverse - log_sum;
+      gradient.value[i] = grad * entropy_gradient(log_p, entropy, inverse);
+      variance[0] += variance_term(log_p, entropy);
+    }
+    if (grad_logits) store_tile<Shape>(grad_logits, classes, tile, group.lane, packed, gradient);
+  });
+  if (args.grad_temperature) {
+    group.sum(variance);
+    if (group.lane == 0) put<R>(args.grad_temperature, row, grad * variance[0] * inverse);
+  }
+}
+
+}  // namespace
+
+int softmax_entropy(const SoftmaxEntropyArgs& args, void* stream) {
+  if (args.rows == 0) return 0;
+  return with_shape<kThreads>(args.dtype, args.classes, [&](auto shape) {
+    using Shape = decltype(shape);
+    return simt::launch(softmax_entropy_kernel<Shape>,
+                        {ceil_divide(args.rows, Shape::kRows), Shape::kThreads}, stream, args,
+                        packable(args.dtype, args.logits));
+  });
+}
+
+int softmax_entropy_backward(const SoftmaxEntropyBackwardArgs& args, void* stream) {
+  if (args.rows == 0 || (!args.grad_logits && !args.grad_temperature)) return 0;
+  const bool packed = packable(args.dtype, args.logits) &&
+                      (!args.grad_logits || packable(args.dtype, args.grad_logits, args.classes));
+  return with_shape<kThreads>(args.dtype, args.classes, [&](auto shape) {
+    using Shape = decltype(shape);
+    return simt::launch(softmax_entropy_backward_kernel<Shape>,
+                        {ceil_divide(args.rows, Shape::kRows), Shape::kThreads}, stream, args,
+                        packed);
+  });
+}
+
+}  // namespace cuda
+}  // namespace bmtard

@@ -1,0 +1,21 @@
+"""Builds the kernels for the CPU, and runs each test with threads in order and in disorder."""
+
+from __future__ import annotations
+
+import pytest
+
+from . import harness
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _module() -> None:
+    """Builds bmtard_simt where it is missing or older than its sources."""
+    try:
+        harness.build()
+    except harness.BuildError as error:
+        pytest.exit(str(error), returncode=1)
+
+
+@pytest.fixture(autouse=True)
+def _defaults(_module: None) -> None:
+    harness.simt().configure(seed=1)

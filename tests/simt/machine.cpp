@@ -1,0 +1,438 @@
+// The machine behind simt_host.h: fibers, their schedule, and what it checks.
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <exception>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+
+#include "simt.cuh"
+
+namespace bmtard {
+namespace simt {
+namespace host {
+
+Settings settings;
+Counters counters;
+Position position;
+
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr size_t kGuardBytes = 4096;
+constexpr size_t kMaxPayload = 16;
+constexpr size_t kMaxStaticShared = 48 * 1024;
+constexpr const char kDynamicKey = 0;
+
+enum class State { kIdle, kReady, kAtCollective, kAtBarrier, kExited };
+
+struct Fiber {
+  jmp_buf context;
+  void* stack = nullptr;
+  State state = State::kIdle;
+  // What it waits at.
+  const char* file = "";
+  int line = 0;
+  // The collective it takes part in.
+  uint32_t mask = 0;
+  int source = 0;
+  Operation operation = Operation::kExchange;
+  size_t bytes = 0;
+  unsigned char in[kMaxPayload];
+  unsigned char out[kMaxPayload];
+};
+
+struct Machine {
+  jmp_buf scheduler;
+  ucontext_t starter;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  // Of the block that runs.
+  int threads = 0;
+  int at_barrier = 0;
+  int exited = 0;
+  std::vector<uint32_t> exited_lanes;                    // by warp
+  std::vector<std::vector<std::pair<uint32_t, int>>> arrivals;  // by warp: mask, lanes there
+  uint32_t epoch = 1;
+  size_t dynamic_bytes = 0;
+  std::map<std::pair<const void*, size_t>, std::unique_ptr<SharedArray>> shared;
+  const std::function<void()>* body = nullptr;
+  std::exception_ptr fault;
+};
+
+Machine machine;
+
+Fiber& self() { return *machine.fibers[position.thread]; }
+
+std::string place(int thread) {
+  return "block " + std::to_string(position.block) + " thread " + std::to_string(thread) +
+         " (warp " + std::to_string(thread / kWarp) + " lane " + std::to_string(thread % kWarp) +
+         ")";
+}
+
+[[noreturn]] void fail(const std::string& message, const char* file, int line) {
+  const char* slash = std::strrchr(file, '/');
+  throw Fault(std::string(slash ? slash + 1 : file) + ":" + std::to_string(line) + ": " +
+              place(position.thread) + ": " + message);
+}
+
+__attribute__((noinline)) void jump(jmp_buf& from, jmp_buf& to) {
+  if (_setjmp(from) == 0) _longjmp(to, 1);
+}
+
+void to_scheduler() { jump(self().context, machine.scheduler); }
+
+// Nobody may wait for a thread that leaves.
+void check_exit() {
+  if (machine.at_barrier > 0) {
+    throw Fault(place(position.thread) + " leaves while others wait at a barrier");
+  }
+  const int lane = position.thread % kWarp;
+  const int first = position.thread - lane;
+  for (int i = first; i < std::min(first + kWarp, machine.threads); ++i) {
+    const Fiber& other = *machine.fibers[i];
+    if (other.state == State::kAtCollective && other.mask >> lane & 1) {
+      throw Fault(place(position.thread) + " leaves while lane " + std::to_string(i - first) +
+                  " waits for it in line " + std::to_string(other.line));
+    }
+  }
+  machine.exited_lanes[position.thread / kWarp] |= 1u << lane;
+}
+
+// A fiber lives through many threads: it runs one to its end and waits for the next.
+void fiber_main(unsigned index) {
+  Fiber& fiber = *machine.fibers[index];
+  if (_setjmp(fiber.context) == 0) setcontext(&machine.starter);
+  for (;;) {
+    try {
+      (*machine.body)();
+      check_exit();
+    } catch (...) {
+      machine.fault = std::current_exception();
+    }
+    fiber.state = State::kExited;
+    ++machine.exited;
+    to_scheduler();
+  }
+}
+
+void add_fiber() {
+  auto fiber = std::make_unique<Fiber>();
+  void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (stack == MAP_FAILED || mprotect(stack, kGuardBytes, PROT_NONE) != 0) {
+    throw Fault("no memory for the stack of a thread");
+  }
+  fiber->stack = stack;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  const auto index = static_cast<unsigned>(machine.fibers.size());
+  makecontext(&context, reinterpret_cast<void (*)()>(fiber_main), 1, index);
+  machine.fibers.push_back(std::move(fiber));
+  swapcontext(&machine.starter, &context);
+}
+
+// Threads that a fault left in the middle of a kernel cannot be used again.
+void drop_fibers() {
+  for (const auto& fiber : machine.fibers) munmap(fiber->stack, kStackBytes);
+  machine.fibers.clear();
+}
+
+[[noreturn]] void deadlock() {
+  std::map<std::string, int> waiting;
+  for (int i = 0; i < machine.threads; ++i) {
+    const Fiber& fiber = *machine.fibers[i];
+    const std::string where =
+        std::string(std::strrchr(fiber.file, '/') ? std::strrchr(fiber.file, '/') + 1
+                                                  : fiber.file) +
+        ":" + std::to_string(fiber.line);
+    ++waiting[fiber.state == State::kExited      ? "have left"
+              : fiber.state == State::kAtBarrier ? "wait at the barrier " + where
+                                                 : "wait for other lanes at " + where];
+  }
+  std::string message = "deadlock in block " + std::to_string(position.block) + ":";
+  for (const auto& [what, count] : waiting) {
+    message += " " + std::to_string(count) + " threads " + what + ";";
+  }
+  message.pop_back();
+  throw Fault(message);
+}
+
+void run_block(int threads, std::mt19937_64& random) {
+  machine.threads = threads;
+  machine.at_barrier = machine.exited = 0;
+  machine.epoch = 1;
+  const int warps = (threads + kWarp - 1) / kWarp;
+  machine.exited_lanes.assign(warps, 0);
+  machine.arrivals.assign(warps, {});
+  for (auto& [key, array] : machine.shared) array->clear();
+  std::vector<int> order(threads);
+  std::iota(order.begin(), order.end(), 0);
+  for (int i = 0; i < threads; ++i) machine.fibers[i]->state = State::kReady;
+  while (machine.exited < threads) {
+    if (settings.seed != 0) std::shuffle(order.begin(), order.end(), random);
+    bool moved = false;
+    for (const int thread : order) {
+      Fiber& fiber = *machine.fibers[thread];
+      if (fiber.state != State::kReady) continue;
+      moved = true;
+      position.thread = thread;
+      jump(machine.scheduler, fiber.context);
+      if (machine.fault) std::rethrow_exception(std::exchange(machine.fault, nullptr));
+    }
+    if (!moved) deadlock();
+  }
+}
+
+// Whether two lanes that name each other have come to the same collective.
+bool together(const Fiber& a, const Fiber& b) {
+  return a.mask == b.mask && a.operation == b.operation && a.bytes == b.bytes &&
+         a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
+
+// Waits for the other lanes of the mask; the last one to come serves them all.
+void collective(uint32_t mask, Operation operation, int source, const void* in, void* out,
+                size_t bytes, const char* file, int line) {
+  const int lane = position.thread % kWarp;
+  const int first = position.thread - lane;
+  if (!(mask >> lane & 1)) fail("a lane calls a collective whose mask leaves it out", file, line);
+  if (operation == Operation::kExchange && !(mask >> source & 1)) {
+    fail("a lane reads from lane " + std::to_string(source) + ", which the mask leaves out",
+         file, line);
+  }
+  if (mask & machine.exited_lanes[position.thread / kWarp]) {
+    fail("the mask names a lane that has left", file, line);
+  }
+  if (machine.threads - first < kWarp && mask >> (machine.threads - first) != 0) {
+    fail("the mask names a lane past the block", file, line);
+  }
+  Fiber& fiber = self();
+  fiber.file = file;
+  fiber.line = line;
+  fiber.mask = mask;
+  fiber.source = source;
+  fiber.operation = operation;
+  fiber.bytes = bytes;
+  std::memcpy(fiber.in, in, bytes);
+  fiber.state = State::kAtCollective;
+
+  const Fiber& leader = *machine.fibers[first + __builtin_ctz(mask)];
+  if (leader.state == State::kAtCollective && leader.mask >> lane & 1 &&
+      !together(leader, fiber)) {
+    fail("a lane of the mask is at another collective, line " + std::to_string(leader.line), file,
+         line);
+  }
+  auto& arrivals = machine.arrivals[position.thread / kWarp];
+  const auto same_mask = [&](const auto& entry) { return entry.first == mask; };
+  auto here = std::find_if(arrivals.begin(), arrivals.end(), same_mask);
+  if (here == arrivals.end()) here = arrivals.insert(here, {mask, 0});
+  if (++here->second == __builtin_popcount(mask)) {
+    here->second = 0;
+    bool any = false;
+    for (int i = 0; i < kWarp; ++i) {
+      if (!(mask >> i & 1)) continue;
+      const Fiber& other = *machine.fibers[first + i];
+      if (other.state != State::kAtCollective || !together(other, fiber)) {
+        fail("lane " + std::to_string(i) + " of the mask is elsewhere", file, line);
+      }
+      any = any || other.in[0] != 0;
+    }
+    for (int i = 0; i < kWarp; ++i) {
+      if (!(mask >> i & 1)) continue;
+      Fiber& other = *machine.fibers[first + i];
+      if (operation == Operation::kAny) {
+        other.out[0] = any;
+      } else {
+        std::memcpy(other.out, machine.fibers[first + other.source]->in, bytes);
+      }
+      other.state = State::kReady;
+    }
+  }
+  // Also the last one gives the others their turn.
+  to_scheduler();
+  std::memcpy(out, fiber.out, bytes);
+}
+
+}  // namespace
+
+SharedArray::SharedArray(size_t element_bytes, int count, int line)
+    : element_bytes_(element_bytes), line_(line), access_(count),
+      storage_(element_bytes * count + 16) {
+  data_ = storage_.data() + (16 - reinterpret_cast<uintptr_t>(storage_.data()) % 16) % 16;
+  clear();
+}
+
+void SharedArray::clear() {
+  std::fill(access_.begin(), access_.end(), Access{0, 0, 0, 0});
+  std::memset(data_, 0xff, element_bytes_ * access_.size());  // NaN in every type
+}
+
+void SharedArray::race(int i, const char* what, int other) const {
+  throw Fault("race: " + place(position.thread) + " " + what + " element " + std::to_string(i) +
+              " of the shared array declared in line " + std::to_string(line_) +
+              (other < 0 ? std::string(", several threads")
+                         : ", thread " + std::to_string(other)) +
+              " without a barrier between");
+}
+
+void* SharedArray::at(int i, int n, bool write) {
+  const int thread = position.thread;
+  if (i < 0 || n < 0 || i + n > static_cast<int>(access_.size())) {
+    throw Fault(place(thread) + " touches elements " + std::to_string(i) + " to " +
+                std::to_string(i + n - 1) + " of a shared array of " +
+                std::to_string(access_.size()) + " declared in line " + std::to_string(line_));
+  }
+  for (int j = i; j < i + n; ++j) {
+    ++counters.shared_accesses;
+    Access& access = access_[j];
+    const bool written_now = access.written == machine.epoch && access.writer != thread;
+    if (write) {
+      if (written_now) race(j, "writes", access.writer);
+      if (access.read == machine.epoch && access.reader != thread) {
+        race(j, "writes what was read,", access.reader);
+      }
+      access.written = machine.epoch;
+      access.writer = thread;
+    } else {
+      if (access.written == 0) {
+        throw Fault(place(thread) + " reads element " + std::to_string(j) +
+                    " of the shared array declared in line " + std::to_string(line_) +
+                    " before it is written");
+      }
+      if (written_now) race(j, "reads", access.writer);
+      access.reader = access.read == machine.epoch && access.reader != thread ? -1 : thread;
+      access.read = machine.epoch;
+    }
+  }
+  return data_ + element_bytes_ * i;
+}
+
+SharedArray* shared_array(const void* key, size_t element_bytes, int count, int line) {
+  auto& array = machine.shared[{key, element_bytes}];
+  if (!array) array = std::make_unique<SharedArray>(element_bytes, count, line);
+  return array.get();
+}
+
+SharedArray* dynamic_shared_array(size_t element_bytes) {
+  auto& array = machine.shared[{&kDynamicKey, element_bytes}];
+  const size_t count = machine.dynamic_bytes / element_bytes;
+  if (!array || array->bytes() != count * element_bytes) {
+    array = std::make_unique<SharedArray>(element_bytes, static_cast<int>(count), 0);
+  }
+  return array.get();
+}
+
+void exchange(uint32_t mask, int source_lane, const void* in, void* out, size_t bytes,
+              const char* file, int line) {
+  if (bytes > 8) fail("a shuffle moves at most 8 bytes", file, line);
+  collective(mask, Operation::kExchange, source_lane, in, out, bytes, file, line);
+}
+
+bool vote_any(uint32_t mask, bool predicate, const char* file, int line) {
+  const unsigned char in = predicate;
+  unsigned char out = 0;
+  collective(mask, Operation::kAny, 0, &in, &out, 1, file, line);
+  return out != 0;
+}
+
+void barrier(const char* file, int line) {
+  Fiber& fiber = self();
+  if (machine.exited > 0) fail("waits at a barrier that other threads have left", file, line);
+  for (int i = 0; i < machine.threads; ++i) {
+    const Fiber& other = *machine.fibers[i];
+    if (other.state != State::kAtBarrier) continue;
+    if (other.line != line || std::strcmp(other.file, file) != 0) {
+      fail("another thread waits at the barrier in line " + std::to_string(other.line), file,
+           line);
+    }
+    break;  // those that wait already are at one place
+  }
+  fiber.file = file;
+  fiber.line = line;
+  fiber.state = State::kAtBarrier;
+  if (++machine.at_barrier == machine.threads) {
+    machine.at_barrier = 0;
+    ++machine.epoch;
+    ++counters.barriers;
+    for (int i = 0; i < machine.threads; ++i) machine.fibers[i]->state = State::kReady;
+  }
+  to_scheduler();
+}
+
+void check_alignment(const void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
+    throw Fault(place(position.thread) + ": misaligned access of " + std::to_string(bytes) +
+                " bytes");
+  }
+}
+
+void run(const Grid& grid, const std::function<void()>& thread_body) {
+  ++counters.launches;
+  while (static_cast<int>(machine.fibers.size()) < grid.threads) add_fiber();
+  machine.body = &thread_body;
+  machine.dynamic_bytes = grid.shared_bytes;
+  machine.shared.clear();
+  position.grid_blocks = static_cast<int>(grid.blocks);
+  std::mt19937_64 random(settings.seed);
+  std::vector<int> order(grid.blocks);
+  std::iota(order.begin(), order.end(), 0);
+  if (settings.seed != 0) std::shuffle(order.begin(), order.end(), random);
+  try {
+    for (const int block : order) {
+      ++counters.blocks;
+      position.block = block;
+      run_block(grid.threads, random);
+      size_t bytes = 0;
+      for (const auto& [key, array] : machine.shared) {
+        if (key.first != &kDynamicKey) bytes += array->bytes();
+      }
+      if (bytes > kMaxStaticShared) throw Fault("more than 48 KiB of static shared memory");
+    }
+  } catch (...) {
+    drop_fibers();
+    throw;
+  }
+}
+
+}  // namespace host
+
+float widen(Float16 x) {
+  const int exponent = x.bits >> 10 & 31;
+  const int fraction = x.bits & 1023;
+  const float sign = x.bits & 0x8000 ? -1.0f : 1.0f;
+  if (exponent == 31) return fraction ? std::nanf("") : sign * INFINITY;
+  if (exponent == 0) return sign * std::ldexp(static_cast<float>(fraction), -24);
+  return sign * std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+}
+
+BFloat16 to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  if (x != x) return {0x7fff};
+  bits += 0x7fff + (bits >> 16 & 1);
+  return {static_cast<uint16_t>(bits >> 16)};
+}
+
+Float16 to_float16(float x) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const float magnitude = std::fabs(x);
+  if (x != x) return {0x7fff};
+  if (magnitude == 0) return {sign};
+  if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
+  int exponent = 0;
+  std::frexp(magnitude, &exponent);                // magnitude < 2 ** exponent
+  const int place = std::max(exponent - 11, -24);  // the last one that is kept
+  // nearbyint rounds ties to even; a carry runs on into the exponent as it should.
+  const int units = static_cast<int>(std::nearbyint(std::ldexp(magnitude, -place)));
+  return {static_cast<uint16_t>(sign | (((place + 24) << 10) + units))};
+}
+
+}  // namespace simt
+}  // namespace bmtard

@@ -1,0 +1,223 @@
+// The primitives of csrc/cuda/simt.cuh on the CPU.
+//
+// Every thread of a block is a fiber that runs until its next collective (shuffle, vote,
+// barrier). Between two collectives the threads run in an order that a seed chooses, so
+// what a kernel gets wrong about its barriers shows in its results. What the hardware
+// leaves undefined is a Fault: a lane named in a mask that does not come, a thread that
+// leaves while others wait, two threads at different barriers, a misaligned vector
+// access, shared memory read before it is written, or touched by two threads without a
+// barrier between them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#define BMTARD_DEVICE inline
+#define BMTARD_KERNEL(threads) void
+#define BMTARD_GRID_CONSTANT
+#define BMTARD_UNROLL
+#define BMTARD_ROLLED
+
+// As static __shared__ memory: one array a block for each place in the code.
+#define BMTARD_SHARED(T, name, count)                                               \
+  static const char name##_key = 0;                                                 \
+  const ::bmtard::simt::Shared<T> name {                                            \
+    ::bmtard::simt::host::shared_array(&name##_key, sizeof(T), (count), __LINE__) \
+  }
+
+namespace bmtard {
+namespace simt {
+namespace host {
+
+struct Fault : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Settings {
+  uint64_t seed = 0;  // 0: threads and blocks in ascending order
+  int multiprocessors = 3;
+  size_t max_shared_bytes = 16 * 1024;
+};
+
+struct Counters {
+  int64_t launches = 0;
+  int64_t blocks = 0;
+  int64_t barriers = 0;
+  int64_t shared_accesses = 0;
+};
+
+extern Settings settings;
+extern Counters counters;
+
+// Where the running thread is.
+struct Position {
+  int thread = 0;
+  int block = 0;
+  int grid_blocks = 0;
+};
+extern Position position;
+
+// An array in shared memory, with the last accesses to each element. Epochs count the
+// barriers of the block from 1; 0 is never.
+class SharedArray {
+ public:
+  SharedArray(size_t element_bytes, int count, int line);
+  void* at(int i, int n, bool write);  // checks an access to elements i .. i + n - 1
+  void clear();
+  size_t bytes() const { return element_bytes_ * access_.size(); }
+
+ private:
+  struct Access {
+    uint32_t written, read;
+    int writer, reader;  // reader -1: several
+  };
+  [[noreturn]] void race(int i, const char* what, int other) const;
+
+  size_t element_bytes_;
+  int line_;
+  std::vector<Access> access_;
+  std::vector<unsigned char> storage_;
+  unsigned char* data_;
+};
+
+SharedArray* shared_array(const void* key, size_t element_bytes, int count, int line);
+SharedArray* dynamic_shared_array(size_t element_bytes);
+
+enum class Operation { kExchange, kAny };
+
+// Hands `bytes` over between the lanes of `mask`, which must all come.
+void exchange(uint32_t mask, int source_lane, const void* in, void* out, size_t bytes,
+              const char* file, int line);
+bool vote_any(uint32_t mask, bool predicate, const char* file, int line);
+void barrier(const char* file, int line);
+void check_alignment(const void* address, size_t bytes);
+void run(const Grid& grid, const std::function<void()>& thread_body);
+
+}  // namespace host
+
+template <typename T>
+struct Shared {
+  host::SharedArray* array;
+
+  T get(int i) const { return *static_cast<const T*>(array->at(i, 1, false)); }
+  void set(int i, T value) const { *static_cast<T*>(array->at(i, 1, true)) = value; }
+  T& own(int i) const { return *static_cast<T*>(array->at(i, 1, true)); }
+  const T* read_all(int n) const { return static_cast<const T*>(array->at(0, n, false)); }
+  T* own_all(int n) const { return static_cast<T*>(array->at(0, n, true)); }
+  template <int n>
+  Pack<T, n> get_pack(int i) const {
+    const void* from = array->at(i, n, false);
+    host::check_alignment(from, sizeof(Pack<T, n>));
+    return *static_cast<const Pack<T, n>*>(from);
+  }
+  template <int n>
+  void set_pack(int i, const Pack<T, n>& pack) const {
+    void* to = array->at(i, n, true);
+    host::check_alignment(to, sizeof(Pack<T, n>));
+    *static_cast<Pack<T, n>*>(to) = pack;
+  }
+};
+
+template <typename T>
+Shared<T> dynamic_shared() {
+  return {host::dynamic_shared_array(sizeof(T))};
+}
+
+inline int thread_id() { return host::position.thread; }
+inline int block_id() { return host::position.block; }
+inline int grid_blocks() { return host::position.grid_blocks; }
+
+inline void block_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  host::barrier(file, line);
+}
+
+template <typename V>
+V shuffle_xor(uint32_t mask, V value, int distance, const char* file = __builtin_FILE(),
+              int line = __builtin_LINE()) {
+  V out;
+  host::exchange(mask, (thread_id() % kWarp) ^ distance, &value, &out, sizeof(V), file, line);
+  return out;
+}
+
+inline bool any(uint32_t mask, bool predicate, const char* file = __builtin_FILE(),
+                int line = __builtin_LINE()) {
+  return host::vote_any(mask, predicate, file, line);
+}
+
+template <typename T>
+T load(const T* from) {
+  host::check_alignment(from, sizeof(T));
+  return *from;
+}
+
+template <typename T>
+void store(T* to, T value) {
+  host::check_alignment(to, sizeof(T));
+  *to = value;
+}
+
+template <int n, typename T>
+Pack<T, n> load_pack(const T* from) {
+  host::check_alignment(from, sizeof(Pack<T, n>));
+  return *reinterpret_cast<const Pack<T, n>*>(from);
+}
+
+template <int n, typename T>
+void store_pack(T* to, const Pack<T, n>& pack) {
+  host::check_alignment(to, sizeof(Pack<T, n>));
+  *reinterpret_cast<Pack<T, n>*>(to) = pack;
+}
+
+inline double widen(double x) { return x; }
+inline float widen(float x) { return x; }
+inline float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+float widen(Float16 x);
+
+BFloat16 to_bfloat16(float x);
+Float16 to_float16(float x);
+
+template <typename T, typename R>
+T narrow(R x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return to_bfloat16(x);
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    return to_float16(x);
+  } else {
+    return x;
+  }
+}
+
+inline int multiprocessors() { return host::settings.multiprocessors; }
+inline size_t max_shared_bytes() { return host::settings.max_shared_bytes; }
+
+constexpr int kInvalidValue = 1;
+
+// Runs the grid to its end: a stream in which everything has been waited for.
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), const Grid& grid, void*, Arguments&&... arguments) {
+  if (grid.blocks < 1 || grid.blocks > INT32_MAX || grid.threads < 1 || grid.threads > 1024 ||
+      grid.shared_bytes > host::settings.max_shared_bytes) {
+    return kInvalidValue;
+  }
+  host::run(grid, [&] { kernel(arguments...); });
+  return 0;
+}
+
+inline const char* error_string(int error) { return error == 0 ? "no error" : "invalid value"; }
+inline int runtime_version() { return 0; }
+inline std::string architectures() { return "cpu"; }
+
+}  // namespace simt
+}  // namespace bmtard

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.optimize import brentq
+
+from . import harness as h
+
+CONVERGED, CLAMPED_LOW, CLAMPED_HIGH, DEGENERATE, NON_FINITE, MAX_ITERATIONS = range(6)
+HALLEY, BISECTION = 0, 1
+LOW, HIGH = 1e-2, 1e2
+
+
+def search(logits, target, dtype, *, per_sample, initial=None, method=HALLEY, **settings):
+    """Returns temperature, entropy, slope, status, iterations."""
+    out = h.Outputs()
+    shape = (logits.shape[0],) if per_sample else ()
+    results = [out.new(shape, h.real(dtype)) for _ in range(3)]
+    results += [out.new(shape, np.int32) for _ in range(2)]
+    names = ["temperature", "entropy", "slope", "status", "iterations"]
+    h.simt().bisect_temperature(
+        logits=logits,
+        per_sample=per_sample,
+        target_entropy=np.asarray(target, h.real(dtype)),
+        initial=None if initial is None else np.asarray(initial, h.real(dtype)),
+        **{"low": LOW, "high": HIGH, "tolerance": 1e-6, "max_iterations": 40, **settings},
+        method=method,
+        **dict(zip(names, results, strict=True)),
+    )
+    out.check()
+    return results
+
+
+def mean_entropy(z, log_temperature):
+    return h.entropy(z, np.exp(log_temperature)).mean()
+
+
+def solve(z, target):
+    """The temperature, by another method."""
+    if mean_entropy(z, np.log(LOW)) >= target:
+        return LOW
+    if mean_entropy(z, np.log(HIGH)) <= target:
+        return HIGH
+    bracket = np.log(LOW), np.log(HIGH)
+    return np.exp(brentq(lambda x: mean_entropy(z, x) - target, *bracket, xtol=1e-13))
+
+
+def variance(z, temperature):
+    log_p = h.log_softmax(z, temperature)
+    p = np.exp(log_p)
+    log_p = np.where(p == 0, 0, log_p)
+    return (p * (log_p - (p * log_p).sum(-1, keepdims=True)) ** 2).sum(-1)
+
+
+def assert_solved(z, target, temperature, entropy, slope, dtype):
+    """z [N, C]; the search met the target at a temperature, and says truly what is there."""
+    tolerance = max(1e-6, 16 * h.EPS[h.computed(dtype)] * np.log(z.shape[1]))
+    assert abs(entropy - target) <= tolerance * 1.01
+    np.testing.assert_allclose(entropy, mean_entropy(z, np.log(temperature)), atol=tolerance)
+    want = variance(z, temperature).mean()
+    np.testing.assert_allclose(slope, want, rtol=1e-3, atol=1e-5)
+    # An error of the entropy is an error of log temperature over the slope.
+    error = 2 * tolerance / max(want, 1e-12)
+    assert abs(np.log(temperature / solve(z, target))) <= max(error, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", h.DTYPES)
+@pytest.mark.parametrize("c", h.CLASSES)
+@pytest.mark.parametrize("method", [HALLEY, BISECTION])
+def test_by_sample(c, dtype, method):
+    rng = np.random.default_rng(c)
+    h.simt().configure(seed=c, max_shared_bytes=16 * 1024)
+    for n, extra in [(0, 0), (1, 0), (5, 8), (13, 0)]:
+        if c > 600 and n == 13:
+            n = 3
+        z = h.draw(c + n, n, c, dtype, scale=4)
+        logits = h.place(z, dtype, extra=extra)
+        target = rng.uniform(0.1, 0.9, n) * np.log(c)
+        target = target.astype(h.real(dtype)).astype(np.float64)
+        cold = search(logits, target, dtype, per_sample=True, method=method)
+        guess = rng.uniform(0.5, 2, n)
+        warm = search(logits, target, dtype, per_sample=True, method=method, initial=guess)
+        for temperature, entropy, slope, status, iterations in (cold, warm):
+            if c == 1:
+                # One class: entropy and target are 0 at every temperature.
+                assert (status == CONVERGED).all()
+                continue
+            assert (status == CONVERGED).all()
+            assert (iterations >= 1).all()
+            for i in range(n):
+                assert_solved(
+                    z[i : i + 1], target[i], float(temperature[i]), float(entropy[i]),
+                    float(slope[i]), dtype,
+                )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", h.DTYPES)
+@pytest.mark.parametrize("shape", [(1, 10), (37, 10), (129, 32), (6, 1000), (3, 3000)], ids=str)
+@pytest.mark.parametrize("method", [HALLEY, BISECTION])
+def test_of_the_batch(shape, dtype, method):
+    """Small: all rounds in one launch."""
+    z = h.draw(7, *shape, dtype, scale=4)
+    logits = h.place(z, dtype)
+    for share in (0.2, 0.8):
+        target = float(h.real(dtype).type(share * np.log(shape[1])))
+        for initial in (None, 1.5):
+            h.simt().take_counters()
+            found = search(
+                logits, target, dtype, per_sample=False, method=method, initial=initial
+            )
+            assert h.simt().take_counters()["launches"] == 1
+            assert found[3] == CONVERGED
+            assert_solved(z, target, *(float(x) for x in found[:3]), dtype)
+
+
+@pytest.mark.parametrize("dtype", h.DTYPES)
+@pytest.mark.parametrize("shape", [(3400, 10), (331, 100), (40, 1000), (14, 3000)], ids=str)
+def test_of_a_batch_for_many_blocks(shape, dtype):
+    """A launch a round; those after the end of the search do nothing."""
+    z = h.draw(8, *shape, dtype, scale=4)
+    logits = h.place(z, dtype)
+    target = float(h.real(dtype).type(0.6 * np.log(shape[1])))
+    h.simt().configure(seed=3, multiprocessors=2)
+    h.simt().take_counters()
+    found = search(logits, target, dtype, per_sample=False, max_iterations=20)
+    counters = h.simt().take_counters()
+    assert counters["launches"] == 22
+    assert counters["blocks"] > 22
+    assert found[3] == CONVERGED
+    assert found[4] < 10
+    assert_solved(z, target, *(float(x) for x in found[:3]), dtype)
+    h.simt().configure(seed=4, multiprocessors=2)
+    again = search(logits, target, dtype, per_sample=False, max_iterations=20)
+    assert [float(x) for x in again] == [float(x) for x in found]
+
+
+@pytest.mark.parametrize("dtype", h.DTYPES)
+@pytest.mark.parametrize("c", [10, 100, 1100])
+@pytest.mark.parametrize("method", [HALLEY, BISECTION])
+@pytest.mark.parametrize("initial", [None, 2.0])
+def test_every_status(c, dtype, method, initial):
+    z = h.draw(9, 9, c, dtype)
+    keep = 1.0 if initial is None else initial
+    target = np.full(9, 0.5)
+    z[0, 0] = np.nan
+    z[1, 1] = np.inf
+    z[2] = -np.inf
+    z[3] = 7.0  # equal logits
+    z[4, 1:] = -np.inf  # one class is left
+    target[5] = 2 * np.log(c)
+    target[6] = np.nan
+    z[7] = h.rounded(z[7] * 1e-3, dtype)  # nearly uniform even at the lower bound
+    target[7] = 0.01
+    target[8] = -1.0
+    expected = [NON_FINITE] * 3 + [DEGENERATE] * 2 + [CLAMPED_HIGH, NON_FINITE]
+    expected += [CLAMPED_LOW, CLAMPED_LOW]
+    kept = [keep] * 5 + [HIGH, keep, LOW, LOW]
+    start = None if initial is None else np.full(9, initial)
+    got = search(
+        h.place(z, dtype), target, dtype, per_sample=True, method=method, initial=start
+    )
+    np.testing.assert_array_equal(got[3], expected)
+    np.testing.assert_allclose(got[0], kept, rtol=1e-6)
+    assert (got[4] <= 40).all()
+    # The same rows, one a batch.
+    for i in range(9):
+        logits = h.place(z[i : i + 1], dtype)
+        one = search(
+            logits, target[i], dtype, per_sample=False, method=method, initial=initial
+        )
+        assert one[3] == expected[i]
+        np.testing.assert_allclose(one[0], kept[i], rtol=1e-6)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_runs_out_of_iterations(per_sample):
+    z = h.draw(10, 4, 50, "float32")
+    target = np.full(4, 1.0) if per_sample else 1.0
+    got = search(
+        h.place(z, "float32"), target, "float32", per_sample=per_sample, max_iterations=3,
+        method=BISECTION,
+    )  # fmt: skip
+    assert (got[3] == MAX_ITERATIONS).all()
+    assert (got[4] == 3).all()
+
+
+def test_mean_of_nothing():
+    logits = h.place(np.zeros((0, 10)), "float32")
+    got = search(logits, 1.0, "float32", per_sample=False, initial=3.0)
+    assert got[3] == DEGENERATE
+    assert got[0] == 3.0
+    assert np.isnan(got[1])
+    assert got[4] == 0
+
+
+def test_row_in_shared_memory_or_read_again():
+    z = h.draw(11, 3, 1500, "float32")
+    results, accesses = [], []
+    for limit in (1024, 1 << 16):
+        h.simt().configure(seed=2, max_shared_bytes=limit)
+        h.simt().take_counters()
+        results.append(search(h.place(z, "float32"), [1.0, 2.0, 3.0], "float32", per_sample=True))
+        accesses.append(h.simt().take_counters()["shared_accesses"])
+    # Each value written once, and read for the maximum, the range and every evaluation.
+    assert accesses[1] - accesses[0] >= 1500 * int((3 + results[0][4]).sum())
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_masked_classes_do_not_count(dtype):
+    z = h.draw(12, 6, 40, dtype)
+    z[:, 25:] = -np.inf
+    full = h.place(np.ascontiguousarray(z[:, :25]), dtype)
+    for per_sample in (False, True):
+        target = np.full(6, 2.0) if per_sample else 2.0
+        a = search(h.place(z, dtype), target, dtype, per_sample=per_sample)
+        b = search(full, target, dtype, per_sample=per_sample)
+        np.testing.assert_allclose(a[0], b[0], rtol=2e-6)

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from . import harness as h
+
+STUDENT_TEMPERATURE = 1.25
+
+
+def forward(students, teachers, temperature, dtype, eps):
+    out = h.Outputs()
+    k, n = len(students), students[0].shape[0]
+    kl, statistics = out.new((k, n), h.real(dtype)), out.new((5, k, n), h.real(dtype))
+    h.simt().multi_teacher_kl(
+        students=students,
+        teachers=teachers,
+        temperature=temperature,
+        student_temperature=STUDENT_TEMPERATURE,
+        eps=eps,
+        kl=kl,
+        statistics=statistics,
+    )
+    out.check()
+    return kl, statistics
+
+
+def backward(
+    students, teachers, temperature, dtype, eps, statistics, coefficient, *,
+    student_shared=False, teacher_shared=False, wants=(True, True, True), shift=0,
+):  # fmt: skip
+    """Returns gradients of students, teachers (lists, one entry if shared) and temperature."""
+    out = h.Outputs()
+    k, (n, c) = len(students), students[0].shape
+
+    def gradients(wanted, shared):
+        made = [out.new((n, c), dtype, shift=shift) for _ in range(1 if shared else k)]
+        return (made if wanted else [None] * len(made)) + [None] * (k - len(made))
+
+    by_student = gradients(wants[0], student_shared)
+    by_teacher = gradients(wants[1], teacher_shared)
+    by_temperature = out.new((k, n), h.real(dtype)) if wants[2] else None
+    h.simt().multi_teacher_kl_backward(
+        students=students,
+        teachers=teachers,
+        temperature=temperature,
+        student_temperature=STUDENT_TEMPERATURE,
+        eps=eps,
+        statistics=statistics,
+        coefficient=coefficient,
+        student_shared=student_shared,
+        teacher_shared=teacher_shared,
+        grad_students=by_student,
+        grad_teachers=by_teacher,
+        grad_temperature=by_temperature,
+    )
+    out.check()
+    return by_student, by_teacher, by_temperature
+
+
+def expected(s, t, temperature, eps):
+    """KL [N] and its derivatives by student, teacher [N, C] and temperature [N]."""
+    log_q = h.log_softmax(s, STUDENT_TEMPERATURE)
+    log_p = h.log_softmax(t, temperature)
+    p, q = np.exp(log_p), np.exp(log_q)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.where(p > 0, np.log(p + eps) - log_q, 0)
+        kl = (p * ratio).sum(-1)
+        a = np.where(p > 0, ratio + p / (p + eps), 0)  # d KL / d p
+        center = (p * a).sum(-1, keepdims=True)
+        by_scaled = p * (a - center)  # d KL / d (t / temperature)
+        by_temperature = -np.where(p > 0, by_scaled * t, 0).sum(-1) / temperature**2
+    return kl, (q - p) / STUDENT_TEMPERATURE, by_scaled / temperature, by_temperature
+
+
+
+
+@pytest.mark.parametrize("dtype", h.DTYPES)
+@pytest.mark.parametrize("c", h.CLASSES)
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_forward_and_backward(c, dtype, eps):
+    rng = np.random.default_rng(c)
+    for n, k, extra, shift in [(0, 2, 0, 0), (1, 1, 0, 0), (3, 2, 8, 0), (37, 3, 0, 0), (2, 2, 3, 1)]:
+        if n == 37 and c > 300:
+            n = 4
+        s = [h.draw(100 * c + i, n, c, dtype, scale=2) for i in range(k)]
+        t = [h.draw(200 * c + i, n, c, dtype, scale=4) for i in range(k)]
+        students = [h.place(x, dtype, extra=extra, shift=shift) for x in s]
+        teachers = [h.place(x, dtype, extra=extra, shift=shift) for x in t]
+        temperature = rng.uniform(0.7, 4, k)
+        coefficient = rng.standard_normal((n, k)).astype(h.real(dtype)).T  # any strides
+        kl, statistics = forward(students, teachers, temperature, dtype, eps)
+        got = backward(
+            students, teachers, temperature, dtype, eps, statistics, coefficient, shift=shift
+        )
+        for i in range(k):
+            want = expected(s[i], t[i], temperature[i], eps)
+            factor = coefficient[i].astype(np.float64)
+            h.assert_close(kl[i], want[0], h.computed(dtype), floor=4)
+            h.assert_close(got[0][i], want[1] * factor[:, None], dtype)
+            h.assert_close(got[1][i], want[2] * factor[:, None], dtype, floor=4)
+            h.assert_close(got[2][i], want[3] * factor, h.computed(dtype), ulp=256, floor=4)
+
+
+@pytest.mark.parametrize("dtype", h.DTYPES)
+@pytest.mark.parametrize("c", [10, 33, 1000, 1100])
+@pytest.mark.parametrize("shared", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("extra", [0, 16])
+def test_shared_student_or_teacher(c, dtype, shared, extra):
+    n, k, eps = 5, 3, 1e-5
+    s = [h.draw(0 if shared[0] else i, n, c, dtype, scale=2) for i in range(k)]
+    t = [h.draw(10 if shared[1] else 10 + i, n, c, dtype, scale=4) for i in range(k)]
+    students = [h.place(x, dtype, extra=extra) for x in s]
+    teachers = [h.place(x, dtype, extra=extra) for x in t]
+    if shared[0]:
+        students = [students[0]] * k
+    if shared[1]:
+        teachers = [teachers[0]] * k
+    temperature = np.array([1.0, 2.0, 3.0])
+    coefficient = np.random.default_rng(0).standard_normal((k, n)).astype(h.real(dtype))
+    _, statistics = forward(students, teachers, temperature, dtype, eps)
+    got = backward(
+        students, teachers, temperature, dtype, eps, statistics, coefficient,
+        student_shared=shared[0], teacher_shared=shared[1],
+    )  # fmt: skip
+    want = [expected(s[i], t[i], temperature[i], eps) for i in range(k)]
+    for side in (0, 1):
+        parts = [want[i][1 + side] * coefficient[i][:, None] for i in range(k)]
+        if shared[side]:
+            parts = [sum(parts)]
+        for i, part in enumerate(parts):
+            h.assert_close(got[side][i], part, dtype, floor=8)
+    for i in range(k):
+        h.assert_close(got[2][i], want[i][3] * coefficient[i], h.computed(dtype), ulp=256, floor=4)
+
+
+@pytest.mark.parametrize("dtype", h.DTYPES)
+@pytest.mark.parametrize("c", [10, 100, 1100])
+@pytest.mark.parametrize("shared", [False, True])
+def test_only_what_is_wanted(c, dtype, shared):
+    """And one temperature, by value or by array, for all teachers."""
+    n, k = 4, 2
+    z = [h.draw(i, n, c, dtype) for i in range(3)]
+    students = [h.place(z[0], dtype)] * 2
+    teachers = [h.place(x, dtype) for x in z[1:]]
+    one = np.ones((1, 1), h.real(dtype))
+    coefficient = np.broadcast_to(one, (k, n))
+    kl, statistics = forward(students, teachers, 2.0, dtype, 0.0)
+    again, _ = forward(students, teachers, np.array(2.0), dtype, 0.0)
+    np.testing.assert_array_equal(kl, again)
+    arguments = students, teachers, 2.0, dtype, 0.0, statistics, coefficient
+    every = backward(*arguments, student_shared=shared)
+    for wants in [(True, False, False), (False, True, False), (False, False, True)]:
+        some = backward(*arguments, student_shared=shared, wants=wants)
+        for wanted, got, want in zip(wants, some, every, strict=True):
+            if wanted:
+                pairs = zip(got, want, strict=True) if isinstance(got, list) else [(got, want)]
+                for a, b in pairs:
+                    assert a is b is None or np.array_equal(a, b)
+    h.simt().take_counters()
+    backward(*arguments, student_shared=shared, wants=(False, False, False))
+    assert h.simt().take_counters()["launches"] == 0
+
+
+@pytest.mark.parametrize("dtype", h.DTYPES)
+@pytest.mark.parametrize("c", [10, 100, 1100])
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_masked_and_non_finite_rows(c, dtype, eps):
+    s, t = h.draw(1, 7, c, dtype), h.draw(2, 7, c, dtype)
+    t[0, ::2] = -np.inf  # masked for the teacher
+    s[1, ::2] = t[1, ::2] = -np.inf  # masked for both
+    s[2, 1] = -np.inf  # impossible for the student only: infinite
+    t[3] = -np.inf
+    s[4, c // 2] = np.nan
+    t[5, c // 2] = np.inf
+    t[6] = 0
+    t[6, 0] = 2e4  # probabilities of 0 without a mask
+    s[6, 1] = -np.inf
+    students, teachers = [h.place(s, dtype)], [h.place(t, dtype)]
+    kl, statistics = forward(students, teachers, 1.0, dtype, eps)
+    finite = [0, 1, 6]
+    want = expected(s[finite], t[finite], 1.0, eps)
+    h.assert_close(kl[0][finite], want[0], h.computed(dtype), floor=4)
+    assert kl[0][2] == np.inf
+    assert np.isnan(kl[0][3:6]).all()
+    coefficient = np.ones((1, 7), h.real(dtype))
+    got = backward(students, teachers, 1.0, dtype, eps, statistics, coefficient)
+    h.assert_close(got[0][0][finite], want[1], dtype)
+    h.assert_close(got[1][0][finite], want[2], dtype, floor=4)
+    h.assert_close(got[2][0][finite], want[3], h.computed(dtype), ulp=256, floor=8)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("c", [10, 1000, 2000])
+def test_large_logits_keep_their_precision(c, dtype):
+    s, t = (h.draw(seed, 3, c, dtype) for seed in (1, 2))
+    s, t = h.rounded(s + 1e4, dtype), h.rounded(t - 1e4, dtype)
+    students, teachers = [h.place(s, dtype)], [h.place(t, dtype)]
+    kl, statistics = forward(students, teachers, 1.0, dtype, 0.0)
+    want = expected(s, t, 1.0, 0.0)
+    h.assert_close(kl[0], want[0], dtype, floor=4)
+    ones = np.ones((1, 3), h.real(dtype))
+    got = backward(students, teachers, 1.0, dtype, 0.0, statistics, ones)
+    h.assert_close(got[0][0], want[1], dtype)
+
+
+def test_a_student_like_its_teacher_has_no_distance():
+    z = h.draw(3, 5, 200, "float64")
+    kl, _ = forward([h.place(z, "float64")], [h.place(z, "float64")], STUDENT_TEMPERATURE,
+                    "float64", 0.0)  # fmt: skip
+    assert (kl == 0).all()
+
+
+@pytest.mark.parametrize("c", [10, 100, 1500])
+def test_every_schedule_gives_the_same_bits(c):
+    students = [h.place(h.draw(4, 9, c, "float32"), "float32")] * 2
+    teachers = [h.place(h.draw(i, 9, c, "float32"), "float32") for i in (5, 6)]
+    results = []
+    for seed in range(4):
+        h.simt().configure(seed=seed, max_shared_bytes=0 if seed % 2 else 1 << 16)
+        kl, statistics = forward(students, teachers, 1.5, "float32", 1e-5)
+        ones = np.ones((2, 9), np.float32)
+        arguments = students, teachers, 1.5, "float32", 1e-5, statistics, ones
+        by_student, by_teacher, by_temperature = backward(*arguments, student_shared=True)
+        parts = [kl, statistics, by_student[0], *by_teacher, by_temperature]
+        results.append(np.concatenate([x.ravel() for x in parts]))
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0], other)
