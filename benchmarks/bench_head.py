@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import shlex
 import statistics
 import sys
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 import bmtard
+from bmtard.training.report import machine
 
 SHAPES = ((128, 10), (128, 200), (1024, 1000), (256, 32000))
 EPS = 1e-5
@@ -167,22 +167,6 @@ def measure(rows: int, classes: int, seconds: float) -> dict[str, dict[str, floa
             figures["median_us"] / result["bmtard sign"]["median_us"], 2
         )
     return result
-
-
-def machine() -> dict[str, str | int]:
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0].split(":")[1].strip() if names else model
-    return {
-        "cpu": model,
-        "cores": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "bmtard": str(bmtard.build_info()),
-    }
 
 
 def main() -> None:

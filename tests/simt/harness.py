@@ -133,7 +133,9 @@ class Outputs:
     def __init__(self) -> None:
         self._raw: list[tuple[NDArray, int]] = []
 
-    def new(self, shape: tuple[int, ...], dtype: str | np.dtype | type, *, shift: int = 0) -> NDArray:
+    def new(
+        self, shape: tuple[int, ...], dtype: str | np.dtype | type, *, shift: int = 0
+    ) -> NDArray:
         kind = STORAGE[dtype] if isinstance(dtype, str) else np.dtype(dtype)
         size = int(np.prod(shape)) * kind.itemsize
         start = self.GUARD + shift * kind.itemsize

@@ -1,0 +1,40 @@
+"""The figures of README.md are those of the committed result files, and its example runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def tables():
+    pytest.importorskip("bmtard.training.report")
+    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "tools/readme_tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_agree_with_the_result_files(tables):
+    readme = (ROOT / "README.md").read_text()
+    assert tables.filled(readme) == readme
+
+
+def test_a_changed_figure_is_noticed(tables):
+    readme = (ROOT / "README.md").read_text()
+    figure = re.search(r"\d+\.\d ± \d+\.\d", readme)
+    changed = readme.replace(figure[0], "99.9 ± 0.0", 1)
+    assert tables.filled(changed) != changed
+
+
+def test_example_runs():
+    readme = (ROOT / "README.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert examples
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {})
