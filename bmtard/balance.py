@@ -388,7 +388,7 @@ def solve_temperatures(
     if momentum:
         solved = (momentum * temperatures.log() + (1 - momentum) * solved.log()).exp()
     statuses = torch.stack([f.status for f in found])
-    return solved, (statuses == SearchStatus.CLAMPED_HIGH).any()
+    return solved, (statuses == SearchStatus.CLAMPED_HIGH.value).any()
 
 
 def mean_entropies(teachers: Sequence[Tensor], temperatures: Tensor, eps: float) -> Tensor:

@@ -308,7 +308,8 @@ def multi_teacher_kl(
                 squared = squared.view(count, *(1,) * (kl.dim() - 1))
         kl = kl * squared
     if weight is not None:
-        kl = torch.tensordot(weight.to(dtype), kl, 1)
+        # Not tensordot: autocast would run it in a half type.
+        kl = (weight.to(dtype).view(count, *(1,) * (kl.dim() - 1)) * kl).sum(0)
     return kl
 
 

@@ -78,12 +78,12 @@ def bisect_temperature(
 
         bottom, top = torch.full_like(keep, low), torch.full_like(keep, high)
         temperature = bottom.clone()
-        status = torch.full_like(keep, SearchStatus.MAX_ITERATIONS, dtype=torch.int32)
+        status = torch.full_like(keep, SearchStatus.MAX_ITERATIONS.value, dtype=torch.int32)
         iterations = torch.zeros_like(status)
         entropy = torch.full_like(keep, math.nan)
         # The first two evaluations are at the bounds; then geometric bisection.
         for i in range(max_iterations):
-            active = status == SearchStatus.MAX_ITERATIONS
+            active = status == SearchStatus.MAX_ITERATIONS.value
             middle = bottom.sqrt() * top.sqrt()  # the product could overflow
             candidate = bottom if i == 0 else top if i == 1 else middle
             temperature = torch.where(active, candidate, temperature)
@@ -109,9 +109,10 @@ def bisect_temperature(
                 bottom = torch.where(error < 0, temperature, bottom)
                 top = torch.where(error < 0, top, temperature)
             for condition, code in ends:
-                open_ = status == SearchStatus.MAX_ITERATIONS
+                open_ = status == SearchStatus.MAX_ITERATIONS.value
                 status = torch.where(active & open_ & condition, int(code), status)
-        unchanged = (status == SearchStatus.DEGENERATE) | (status == SearchStatus.NON_FINITE)
+        kept = (SearchStatus.DEGENERATE.value, SearchStatus.NON_FINITE.value)
+        unchanged = (status == kept[0]) | (status == kept[1])
         temperature = torch.where(unchanged, keep, temperature)
         slope = _entropy_slope(logits, temperature, per_sample) / temperature
 
@@ -120,7 +121,7 @@ def bisect_temperature(
         moving = (entropy_at(temperature) - entropy_at(temperature).detach()) - (
             target_entropy.to(dtype) - target
         )
-        converged = (status == SearchStatus.CONVERGED) & (slope > 0)
+        converged = (status == SearchStatus.CONVERGED.value) & (slope > 0)
         temperature = temperature - torch.where(
             converged, moving / slope.where(converged, torch.ones_like(slope)), 0.0
         )

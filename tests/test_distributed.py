@@ -1,0 +1,93 @@
+"""With a process group, every rank holds the state that one process has on the whole batch."""
+
+import os
+
+import oracles
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from oracles import randn
+
+from bmtard import BMTARDLoss, EntropyBalance, NormalizationLossBalance, _library
+
+RANKS, ROWS, STEPS = 2, 12, 4
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+
+
+def build(mode, group):
+    rate = {"temperature_lr": 0.05, "process_group": group}
+    return (
+        BMTARDLoss(balance=mode, weight_lr=0.3, **rate),
+        EntropyBalance(mode=mode, **rate),
+        NormalizationLossBalance(weight_lr=0.3, process_group=group),
+    )
+
+
+def run(modules, rows):
+    """The steps on a part of the batch -> state and gradients; one batch of the run is bad."""
+    whole, entropies, weights = modules
+    gradients = []
+    for step in range(STEPS):
+        student, teacher = (
+            [randn(ROWS, 10, scale=1 + k, seed=100 * step + 10 * side + k) for k in range(2)]
+            for side in range(2)
+        )
+        if step == 2:
+            student[0][0, 0] = torch.nan  # on the first rank only
+        student, teacher = ([x[rows] for x in side] for side in (student, teacher))
+        student = [x.clone().requires_grad_() for x in student]
+        total = whole(student, teacher)
+        gradients += torch.autograd.grad(total, student)
+        entropies(teacher)
+        weights(
+            torch.stack(
+                [(t - s).square().mean().detach() for s, t in zip(*(student, teacher), strict=True)]
+            )
+        )
+        if step == 2:
+            assert whole.status == weights.status == 1
+        else:
+            assert whole.status == 0
+    state = {}
+    for module in modules:
+        state |= {f"{type(module).__name__}.{k}": v for k, v in module.state_dict().items()}
+    return state, gradients
+
+
+def work(rank, native, mode, folder):
+    torch.set_num_threads(1)
+    _library.NATIVE = native
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
+    )
+    part = ROWS // RANKS
+    result = run(build(mode, dist.group.WORLD), slice(rank * part, (rank + 1) * part))
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", ["bisect", "sign"])
+@pytest.mark.parametrize("path", ["native", "reference"])
+def test_two_ranks_equal_one_process(path, mode, tmp_path, monkeypatch):
+    if path == "native":
+        oracles.require_native()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
+    mp.spawn(work, args=(path == "native", mode, str(tmp_path)), nprocs=RANKS)
+    (one, one_gradients), (two, two_gradients) = (
+        torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)
+    )
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+    monkeypatch.setattr(_library, "NATIVE", path == "native")
+    expected, gradients = run(build(mode, None), slice(None))
+    for name, value in one.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-9, msg=name)
+    assert float(one["BMTARDLoss.step"]) == STEPS - 1
+    assert float(one["BMTARDLoss.temperatures"].max()) > 1.05
+    # A rank's loss is the mean over its own rows: twice the share in the mean over all.
+    for whole, *parts in zip(gradients, one_gradients, two_gradients, strict=True):
+        joined = torch.cat(parts) / RANKS
+        torch.testing.assert_close(joined, whole, rtol=1e-6, atol=1e-12, equal_nan=True)
