@@ -105,9 +105,7 @@ def test_of_the_batch(shape, dtype, method):
         target = float(h.real(dtype).type(share * np.log(shape[1])))
         for initial in (None, 1.5):
             h.simt().take_counters()
-            found = search(
-                logits, target, dtype, per_sample=False, method=method, initial=initial
-            )
+            found = search(logits, target, dtype, per_sample=False, method=method, initial=initial)
             assert h.simt().take_counters()["launches"] == 1
             assert found[3] == CONVERGED
             assert_solved(z, target, *(float(x) for x in found[:3]), dtype)
@@ -156,18 +154,14 @@ def test_every_status(c, dtype, method, initial):
     expected += [CLAMPED_LOW, CLAMPED_LOW]
     kept = [keep] * 5 + [HIGH, keep, LOW, LOW]
     start = None if initial is None else np.full(9, initial)
-    got = search(
-        h.place(z, dtype), target, dtype, per_sample=True, method=method, initial=start
-    )
+    got = search(h.place(z, dtype), target, dtype, per_sample=True, method=method, initial=start)
     np.testing.assert_array_equal(got[3], expected)
     np.testing.assert_allclose(got[0], kept, rtol=1e-6)
     assert (got[4] <= 40).all()
     # The same rows, one a batch.
     for i in range(9):
         logits = h.place(z[i : i + 1], dtype)
-        one = search(
-            logits, target[i], dtype, per_sample=False, method=method, initial=initial
-        )
+        one = search(logits, target[i], dtype, per_sample=False, method=method, initial=initial)
         assert one[3] == expected[i]
         np.testing.assert_allclose(one[0], kept[i], rtol=1e-6)
 

@@ -66,8 +66,9 @@ def call(students, teachers, state, dtype, *, sign, scale, wants=None, shift=0, 
 class Oracle:
     """The balance in float64, from its description."""
 
-    def __init__(self, k, *, sign, scale, eps=0.0, momentum=0.0, exponent=1.0, high=HIGH,
-                 lr=(0.05, 0.025)):
+    def __init__(
+        self, k, *, sign, scale, eps=0.0, momentum=0.0, exponent=1.0, high=HIGH, lr=(0.05, 0.025)
+    ):
         self.k, self.sign, self.scale, self.eps = k, sign, scale, eps
         self.momentum, self.exponent, (self.temperature_lr, self.weight_lr) = momentum, exponent, lr
         self.high = high
@@ -317,7 +318,9 @@ def test_a_target_that_no_temperature_reaches():
     students, teachers = batch(0, 2, 8, 10, "float32")
     teachers[1] = teachers[1] * 100
     state = new_state(2)
-    call(put(students, "float32"), put(teachers, "float32"), state, "float32", sign=False, scale=1.0)
+    call(
+        put(students, "float32"), put(teachers, "float32"), state, "float32", sign=False, scale=1.0
+    )
     assert state["status"] == OUT_OF_BOUNDS
     np.testing.assert_allclose(state["temperatures"], [LOW, HIGH], rtol=1e-5)
 

@@ -73,14 +73,18 @@ def expected(s, t, temperature, eps):
     return kl, (q - p) / STUDENT_TEMPERATURE, by_scaled / temperature, by_temperature
 
 
-
-
 @pytest.mark.parametrize("dtype", h.DTYPES)
 @pytest.mark.parametrize("c", h.CLASSES)
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
 def test_forward_and_backward(c, dtype, eps):
     rng = np.random.default_rng(c)
-    for n, k, extra, shift in [(0, 2, 0, 0), (1, 1, 0, 0), (3, 2, 8, 0), (37, 3, 0, 0), (2, 2, 3, 1)]:
+    for n, k, extra, shift in [
+        (0, 2, 0, 0),
+        (1, 1, 0, 0),
+        (3, 2, 8, 0),
+        (37, 3, 0, 0),
+        (2, 2, 3, 1),
+    ]:
         if n == 37 and c > 300:
             n = 4
         s = [h.draw(100 * c + i, n, c, dtype, scale=2) for i in range(k)]

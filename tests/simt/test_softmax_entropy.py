@@ -18,9 +18,7 @@ def forward(logits, temperature, dtype):
     return entropy, statistics
 
 
-def backward(
-    logits, temperature, dtype, entropy, statistics, grad, *, shift=0, wants=(True, True)
-):
+def backward(logits, temperature, dtype, entropy, statistics, grad, *, shift=0, wants=(True, True)):
     out = h.Outputs()
     n, c = logits.shape
     grad_logits = out.new((n, c), dtype, shift=shift) if wants[0] else None
