@@ -64,10 +64,9 @@ BMTARD_DEVICE void fill_slot(double* slots, int width, int first, const double (
 constexpr int kEntropySums = 4;
 
 template <typename Shape>
-BMTARD_DEVICE void entropy_pass(const Matrix& logits, int64_t rows, int classes,
-                                double temperature, bool counting, bool packed,
-                                Block<Shape::kThreads>& block, Group<Shape>& group,
-                                double (&sums)[kEntropySums]) {
+BMTARD_DEVICE void entropy_pass(const Matrix& logits, int64_t rows, int classes, double temperature,
+                                bool counting, bool packed, Block<Shape::kThreads>& block,
+                                Group<Shape>& group, double (&sums)[kEntropySums]) {
   using T = typename Shape::Type;
   using R = Real<T>;
   using std::log;

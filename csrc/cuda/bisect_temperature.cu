@@ -1,6 +1,5 @@
 // The temperature at which the entropy of a row, or the mean over rows, has a given value.
 #include "../core/temperature_search.h"
-
 #include "batch.cuh"
 
 namespace bmtard {
@@ -48,8 +47,8 @@ bisect_rows_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, bool p
     search.start(initial_temperature(range, search.target, search.low, search.high), 1);
   }
   while (!search.done) {
-    search.update(derivatives_of(sums_below<EntropyMoments<R>, Shape>(
-        row, classes, max, 1 / search.temperature, group)));
+    search.update(derivatives_of(
+        sums_below<EntropyMoments<R>, Shape>(row, classes, max, 1 / search.temperature, group)));
   }
   if (group.lane == 0) {
     put<R>(args.temperature, n, search.temperature);
@@ -115,9 +114,8 @@ BMTARD_DEVICE void decide(const BisectTemperatureArgs& args, Progress& progress,
     search.max_iterations = args.max_iterations;
     search.method = args.method;
     const double keep = args.initial ? at<R>(args.initial, 0) : 1;
-    search.start(args.initial ? keep
-                              : initial_temperature(range, search.target, args.low, args.high),
-                 keep);
+    search.start(
+        args.initial ? keep : initial_temperature(range, search.target, args.low, args.high), keep);
     progress.phase = kSearch;
     if (args.rows == 0) {  // the mean of nothing
       search.at = {sums[0] / rows, 0, 0};
@@ -133,8 +131,7 @@ BMTARD_DEVICE void decide(const BisectTemperatureArgs& args, Progress& progress,
 // Rounds over the batch, see batch.cuh.
 template <typename Shape>
 BMTARD_KERNEL(Shape::kThreads)
-bisect_batch_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, bool packed,
-                    int round) {
+bisect_batch_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, bool packed, int round) {
   using R = Real<typename Shape::Type>;
   BMTARD_SHARED(Progress, progress, 1);
   BMTARD_SHARED(double, temperature, 1);

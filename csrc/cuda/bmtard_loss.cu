@@ -2,7 +2,6 @@
 // state. Rounds over the batch, see batch.cuh; a small batch is one launch.
 #include "../core/balance.h"
 #include "../core/temperature_search.h"
-
 #include "batch.cuh"
 #include "kl_row.cuh"
 
@@ -13,9 +12,9 @@ namespace {
 // What the next pass over the batch is for.
 enum Phase : int32_t {
   kStart,
-  kTarget,    // the entropies at the lower bound
-  kSearch,    // the entropies where the searches ask for them
-  kLoss,      // KL and entropy at the temperatures of this step
+  kTarget,  // the entropies at the lower bound
+  kSearch,  // the entropies where the searches ask for them
+  kLoss,    // KL and entropy at the temperatures of this step
   kGradient,
   kDone,
 };
@@ -70,8 +69,8 @@ BMTARD_DEVICE void loss_pass(const BMTARDLossArgs& args, int k, double temperatu
   for (int64_t n = group.first_row(); n < args.rows; n += group.row_step()) {
     const Row<Shape> student(row_of<T>(args.student[k], n), classes, group.lane, packed);
     const Row<Shape> teacher(row_of<T>(args.teacher[k], n), classes, group.lane, packed);
-    const auto q = log_softmax<Shape>(student, classes,
-                                      static_cast<R>(1 / args.student_temperature), group);
+    const auto q =
+        log_softmax<Shape>(student, classes, static_cast<R>(1 / args.student_temperature), group);
     const auto p = log_softmax<Shape>(teacher, classes, static_cast<R>(1 / temperature), group);
     const auto found = kl_sums<Shape>(student, teacher, classes, q, p, eps,
                                       args.mode == BalanceMode::kSign ? eps : R(0), group);
@@ -134,7 +133,8 @@ BMTARD_DEVICE int32_t next_phase(const BMTARDLossArgs& args, int32_t phase, int 
   bool open = false;
   if (phase == kTarget) {
     // Where the sign rule comes to rest: the highest of the entropies at the lower bound.
-    double target = teacher ? totals.get(lane * kEntropySums) / rows : -std::numeric_limits<double>::infinity();
+    double target =
+        teacher ? totals.get(lane * kEntropySums) / rows : -std::numeric_limits<double>::infinity();
     BMTARD_UNROLL
     for (int distance = simt::kWarp / 2; distance > 0; distance /= 2) {
       target = Max{}(target, simt::shuffle_xor(simt::kFullWarp, target, distance));
@@ -158,12 +158,11 @@ BMTARD_DEVICE int32_t next_phase(const BMTARDLossArgs& args, int32_t phase, int 
     TemperatureSearch<double>& search = teacher->search;
     if (!search.done) {
       const int first = lane * kEntropySums;
-      search.update({totals.get(first) / rows, totals.get(first + 1) / rows,
-                     totals.get(first + 2) / rows});
-      teacher->temperature =
-          search.done ? move_temperature(teacher->current, search.temperature,
-                                         args.temperature_momentum)
-                      : search.temperature;
+      search.update(
+          {totals.get(first) / rows, totals.get(first + 1) / rows, totals.get(first + 2) / rows});
+      teacher->temperature = search.done ? move_temperature(teacher->current, search.temperature,
+                                                            args.temperature_momentum)
+                                         : search.temperature;
     }
     open = !search.done;
   }
@@ -188,8 +187,8 @@ BMTARD_DEVICE void settle(const BMTARDLossArgs& args, const Board& board, int64_
   BMTARD_ROLLED
   for (int k = 0; k < K; ++k) finite = finite && is_finite(losses[k]) && is_finite(entropies[k]);
   if (args.update && finite) {
-    balance_weights(K, losses, initial_losses, simt::load(args.state.weight_lr),
-                    args.loss_exponent, weights);
+    balance_weights(K, losses, initial_losses, simt::load(args.state.weight_lr), args.loss_exponent,
+                    weights);
   }
   if (!writes) return;
   double loss = 0;
@@ -215,8 +214,7 @@ BMTARD_DEVICE void settle(const BMTARDLossArgs& args, const Board& board, int64_
               state.temperatures);
   }
   simt::store(state.step, step + 1);
-  simt::store(state.status,
-              static_cast<int32_t>(out_of_bounds ? kTargetOutOfBounds : kUpdated));
+  simt::store(state.status, static_cast<int32_t>(out_of_bounds ? kTargetOutOfBounds : kUpdated));
 }
 
 template <typename Shape>
@@ -230,7 +228,7 @@ bmtard_loss_kernel(const BMTARD_GRID_CONSTANT BMTARDLossArgs args, bool packed, 
   BMTARD_SHARED(double, loss, kMaxTeachers);
   BMTARD_SHARED(double, entropy, kMaxTeachers);
   BMTARD_SHARED(int32_t, searching, kMaxTeachers);
-  BMTARD_SHARED(double, totals, kMaxTeachers * kEntropySums);  // of the last pass
+  BMTARD_SHARED(double, totals, kMaxTeachers* kEntropySums);  // of the last pass
   BMTARD_SHARED(int32_t, next, 1);
   const Board board = {temperature, weight, initial_loss, loss, entropy};
   const Workspace<R> workspace = workspace_of<R>(args);
@@ -289,9 +287,10 @@ bmtard_loss_kernel(const BMTARD_GRID_CONSTANT BMTARDLossArgs args, bool packed, 
         board.weight.set(thread, teacher.weight);
         board.initial_loss.set(thread, teacher.initial_loss);
         board.loss.set(thread, args.scale * totals.get(thread * kEntropySums));
-        board.entropy.set(thread, totals.get(thread * kEntropySums + 1) / static_cast<double>(args.rows));
-        stopped = bisects(args) && (teacher.search.status == kClampedLow ||
-                                    teacher.search.status == kClampedHigh);
+        board.entropy.set(thread,
+                          totals.get(thread * kEntropySums + 1) / static_cast<double>(args.rows));
+        stopped = bisects(args) &&
+                  (teacher.search.status == kClampedLow || teacher.search.status == kClampedHigh);
       }
       if (thread < simt::kWarp) stopped = simt::any(simt::kFullWarp, stopped);
       simt::block_barrier();
@@ -321,12 +320,11 @@ bmtard_loss_kernel(const BMTARD_GRID_CONSTANT BMTARDLossArgs args, bool packed, 
       }
       if (!searching.get(k)) continue;
       if (phase == kLoss) {
-        loss_pass<Shape, R>(args, k, board.temperature.get(k), packed, workspace.statistics,
-                            block, group, sums);
+        loss_pass<Shape, R>(args, k, board.temperature.get(k), packed, workspace.statistics, block,
+                            group, sums);
       } else {
         entropy_pass<Shape>(args.teacher[k], args.rows, static_cast<int>(args.classes),
-                            board.temperature.get(k), phase == kTarget, packed, block, group,
-                            sums);
+                            board.temperature.get(k), phase == kTarget, packed, block, group, sums);
       }
       keep_totals(k);
       if (!alone && thread == 0) fill_slot(slots_after, width, k * kEntropySums, sums);

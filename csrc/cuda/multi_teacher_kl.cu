@@ -1,6 +1,5 @@
 // KL of a student from each of K teachers by row, and its gradients.
 #include "../core/multi_teacher_kl.h"
-
 #include "kl_row.cuh"
 
 namespace bmtard {
@@ -46,17 +45,17 @@ multi_teacher_kl_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLArgs args, bool
       return Row<Shape>(data, classes, group.lane, packed);
     } else {
       const int offset = place * static_cast<int>(CachedRow<Shape>::stride(classes));
-      return CachedRow<Shape>(data, classes, group.lane, packed, simt::dynamic_shared<T>(),
-                              offset, cached);
+      return CachedRow<Shape>(data, classes, group.lane, packed, simt::dynamic_shared<T>(), offset,
+                              cached);
     }
   };
   const auto student = row(args.student[k], 0);
   const auto teacher = row(args.teacher[k], 1);
-  const auto q = log_softmax<Shape>(student, classes,
-                                    static_cast<R>(1 / args.student_temperature), group);
+  const auto q =
+      log_softmax<Shape>(student, classes, static_cast<R>(1 / args.student_temperature), group);
   const auto p = log_softmax<Shape>(teacher, classes, inverse_temperature_of<R>(args, k), group);
-  const auto sums = kl_sums<Shape>(student, teacher, classes, q, p, static_cast<R>(args.eps),
-                                   R(0), group);
+  const auto sums =
+      kl_sums<Shape>(student, teacher, classes, q, p, static_cast<R>(args.eps), R(0), group);
   if (group.lane == 0) {
     put<R>(args.kl, static_cast<int64_t>(k) * args.rows + n, sums.kl);
     if (args.statistics) {
@@ -81,8 +80,8 @@ struct Pair {
         p{inverse_temperature_of<R>(args, k), get(args, kTeacherMax, k, n),
           get(args, kTeacherLogSum, k, n)},
         center(get(args, kCenter, k, n)),
-        coefficient(at<R>(args.coefficient, k * args.coefficient_teacher_stride +
-                                                n * args.coefficient_row_stride)),
+        coefficient(at<R>(args.coefficient,
+                          k * args.coefficient_teacher_stride + n * args.coefficient_row_stride)),
         eps(static_cast<R>(args.eps)) {}
 
   BMTARD_DEVICE static R get(const MultiTeacherKLBackwardArgs& args, Plane plane, int k,
@@ -98,8 +97,7 @@ struct Pair {
     const R log_q = q(student), log_p = p(teacher);
     const R probability = exp(log_p);
     grad_student += coefficient * q.inverse_temperature * (exp(log_q) - probability);
-    const R by_scaled =
-        kl_by_scaled_teacher(probability, log_p, log_q, center, eps, eps > R(0));
+    const R by_scaled = kl_by_scaled_teacher(probability, log_p, log_q, center, eps, eps > R(0));
     grad_teacher += coefficient * p.inverse_temperature * by_scaled;
     // Where p is 0, so is the first factor, but the second may be infinite.
     by_temperature += probability > R(0) ? by_scaled * p.scaled(teacher) : by_scaled;
@@ -107,8 +105,8 @@ struct Pair {
 };
 
 template <typename T>
-BMTARD_DEVICE T* gradient_row(void* const (&gradients)[kMaxTeachers], bool shared, int k,
-                              int64_t n, int64_t classes) {
+BMTARD_DEVICE T* gradient_row(void* const (&gradients)[kMaxTeachers], bool shared, int k, int64_t n,
+                              int64_t classes) {
   T* const data = static_cast<T*>(gradients[shared ? 0 : k]);
   return data ? data + n * classes : nullptr;
 }
@@ -165,10 +163,9 @@ multi_teacher_kl_backward_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLBackwa
 
   const auto for_each_teacher = [&](int tile, auto visit) {
     for (int k = 0; k < args.teachers; ++k) {
-      visit(k, load_tile<Streamed>(row_of<T>(args.student[k], n), classes, tile, group.lane,
-                                   packed),
-            load_tile<Streamed>(row_of<T>(args.teacher[k], n), classes, tile, group.lane,
-                                packed));
+      visit(k,
+            load_tile<Streamed>(row_of<T>(args.student[k], n), classes, tile, group.lane, packed),
+            load_tile<Streamed>(row_of<T>(args.teacher[k], n), classes, tile, group.lane, packed));
     }
   };
   bool any_logits = false;
@@ -205,10 +202,10 @@ multi_teacher_kl_backward_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLBackwa
     const Pair<R> pair(args, k, n);
     R by_temperature = 0;
     for_each_tile<Streamed>(classes, [&](int tile) {
-      const auto s = load_tile<Streamed>(row_of<T>(args.student[k], n), classes, tile, group.lane,
-                                         packed);
-      const auto t = load_tile<Streamed>(row_of<T>(args.teacher[k], n), classes, tile, group.lane,
-                                         packed);
+      const auto s =
+          load_tile<Streamed>(row_of<T>(args.student[k], n), classes, tile, group.lane, packed);
+      const auto t =
+          load_tile<Streamed>(row_of<T>(args.teacher[k], n), classes, tile, group.lane, packed);
       R ignored[2] = {0, 0};
       BMTARD_UNROLL
       for (int i = 0; i < Streamed::kWidth; ++i) {
@@ -223,8 +220,8 @@ template <typename Args>
 bool rows_packable(const Args& args) {
   bool packed = true;
   for (int32_t k = 0; k < args.teachers; ++k) {
-    packed = packed && packable(args.dtype, args.student[k]) &&
-             packable(args.dtype, args.teacher[k]);
+    packed =
+        packed && packable(args.dtype, args.student[k]) && packable(args.dtype, args.teacher[k]);
   }
   return packed;
 }
@@ -255,7 +252,7 @@ int multi_teacher_kl_backward(const MultiTeacherKLBackwardArgs& args, void* stre
   }
   if (args.rows == 0 || !wanted) return 0;
   const bool together = args.teachers > 1 && (args.student_shared || args.teacher_shared);
-  return with_shape<kThreads>(args.dtype, args.classes, [&](auto shape) {
+  return with_shape<kThreads, false>(args.dtype, args.classes, [&](auto shape) {
     using Shape = decltype(shape);
     const int64_t blocks = ceil_divide(args.rows, Shape::kRows);
     return simt::launch(multi_teacher_kl_backward_kernel<Shape>,

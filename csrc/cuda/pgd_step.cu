@@ -1,6 +1,5 @@
 // A step of projected gradient ascent on x_adv, in place.
 #include "../core/pgd_step.h"
-
 #include "rows.cuh"
 
 namespace bmtard {
@@ -121,8 +120,8 @@ int pgd_step(const PgdStepArgs& args, void* stream) {
     using Shape = LinfShape<T>;
     return simt::launch(
         pgd_linf_kernel<Shape>,
-        {ceil_divide(args.samples * args.sample_size, Shape::kMaxClasses), Shape::kThreads},
-        stream, args, packed);
+        {ceil_divide(args.samples * args.sample_size, Shape::kMaxClasses), Shape::kThreads}, stream,
+        args, packed);
   });
 }
 

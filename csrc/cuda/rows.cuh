@@ -52,10 +52,14 @@ using StreamedShape = Shape<typename S::Type, S::kLanes, S::kThreads, 0>;
 template <typename Body>
 int with_type(DataType dtype, Body body) {
   switch (dtype) {
-    case DataType::kFloat64: return body(double{});
-    case DataType::kFloat32: return body(float{});
-    case DataType::kBFloat16: return body(BFloat16{});
-    case DataType::kFloat16: return body(Float16{});
+    case DataType::kFloat64:
+      return body(double{});
+    case DataType::kFloat32:
+      return body(float{});
+    case DataType::kBFloat16:
+      return body(BFloat16{});
+    case DataType::kFloat16:
+      return body(Float16{});
   }
   return simt::kInvalidValue;
 }
@@ -314,10 +318,15 @@ class CachedRow {
  public:
   using T = typename Shape::Type;
 
-  BMTARD_DEVICE CachedRow(const T* row, int classes, int lane, bool packed,
-                          simt::Shared<T> cache, int offset, bool cached)
-      : row_(row), classes_(classes), lane_(lane), packed_(packed), cached_(cached),
-        offset_(offset + lane * Shape::kWidth), cache_(cache) {
+  BMTARD_DEVICE CachedRow(const T* row, int classes, int lane, bool packed, simt::Shared<T> cache,
+                          int offset, bool cached)
+      : row_(row),
+        classes_(classes),
+        lane_(lane),
+        packed_(packed),
+        cached_(cached),
+        offset_(offset + lane * Shape::kWidth),
+        cache_(cache) {
     if (!cached_) return;
     for_each_tile<Shape>(classes, [&](int tile) {
       const Tile<Shape> values = load_tile<Shape>(row_, classes_, tile, lane_, packed_);
@@ -355,8 +364,8 @@ size_t cache_bytes(int64_t classes, int rows) {
   if constexpr (Shape::kTiles > 0) {
     return 0;
   } else {
-    constexpr size_t kOthers = 4 * 1024;           // what the kernels declare themselves
-    constexpr size_t kWorthwhile = 96 * 1024;      // more would leave a multiprocessor idle
+    constexpr size_t kOthers = 4 * 1024;       // what the kernels declare themselves
+    constexpr size_t kWorthwhile = 96 * 1024;  // more would leave a multiprocessor idle
     const size_t bytes = static_cast<size_t>(CachedRow<Shape>::stride(classes)) * rows *
                          sizeof(typename Shape::Type);
     return bytes <= kWorthwhile && bytes + kOthers <= simt::max_shared_bytes() ? bytes : 0;

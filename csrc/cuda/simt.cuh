@@ -58,7 +58,7 @@ struct Grid {
 #define BMTARD_ROLLED _Pragma("unroll 1")
 
 // Declares an array shared by the block; it is reached through simt::Shared.
-#define BMTARD_SHARED(T, name, count)     \
+#define BMTARD_SHARED(T, name, count)   \
   __shared__ T name##_storage[(count)]; \
   const ::bmtard::simt::Shared<T> name { name##_storage }
 

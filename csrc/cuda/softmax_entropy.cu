@@ -1,6 +1,5 @@
 // Entropy of softmax(logits / temperature) by row, and its gradient.
 #include "../core/softmax_entropy.h"
-
 #include "rows.cuh"
 
 namespace bmtard {
@@ -58,8 +57,8 @@ softmax_entropy_backward_kernel(const BMTARD_GRID_CONSTANT SoftmaxEntropyBackwar
   const R log_sum = at<R>(args.statistics, args.rows + row);
   const R grad = at<R>(args.grad_entropy, row * args.grad_entropy_stride);
   const Row<Shape> logits(row_of<T>(args.logits, row), classes, group.lane, packed);
-  T* grad_logits = args.grad_logits ? static_cast<T*>(args.grad_logits) + row * args.classes
-                                    : nullptr;
+  T* grad_logits =
+      args.grad_logits ? static_cast<T*>(args.grad_logits) + row * args.classes : nullptr;
   R variance[1] = {0};
   for_each_tile<Shape>(classes, [&](int tile) {
     const Tile<Shape> values = logits.get(tile);

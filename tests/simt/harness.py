@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -44,11 +45,11 @@ class BuildError(RuntimeError):
 
 def build() -> None:
     """Configures and builds, which is a matter of milliseconds where nothing has changed."""
-    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{_path()}")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    cmake, ninja = shutil.which("cmake", path=path), shutil.which("ninja", path=path)
     if cmake is None:
         raise BuildError("tests/simt builds the CUDA kernels for the CPU and needs cmake and ninja")
     BUILD.mkdir(parents=True, exist_ok=True)
-    ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}:{_path()}")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     configure = [cmake, "-S", SOURCE, "-B", BUILD, f"-DPython_EXECUTABLE={sys.executable}"]
     with (BUILD / ".lock").open("w") as lock:  # several test processes may come at once
@@ -60,12 +61,6 @@ def build() -> None:
                     "tests/simt could not build the CUDA kernels for the CPU (needs a C++17 "
                     f"compiler, cmake, ninja and pybind11):\n{done.stdout}\n{done.stderr}"
                 )
-
-
-def _path() -> str:
-    import os
-
-    return os.environ.get("PATH", os.defpath)
 
 
 @functools.cache

@@ -55,7 +55,7 @@ struct Machine {
   int threads = 0;
   int at_barrier = 0;
   int exited = 0;
-  std::vector<uint32_t> exited_lanes;                    // by warp
+  std::vector<uint32_t> exited_lanes;                           // by warp
   std::vector<std::vector<std::pair<uint32_t, int>>> arrivals;  // by warp: mask, lanes there
   uint32_t epoch = 1;
   size_t dynamic_bytes = 0;
@@ -193,8 +193,8 @@ void run_block(int threads, std::mt19937_64& random) {
 
 // Whether two lanes that name each other have come to the same collective.
 bool together(const Fiber& a, const Fiber& b) {
-  return a.mask == b.mask && a.operation == b.operation && a.bytes == b.bytes &&
-         a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+  return a.mask == b.mask && a.operation == b.operation && a.bytes == b.bytes && a.line == b.line &&
+         (a.file == b.file || std::strcmp(a.file, b.file) == 0);
 }
 
 // Waits for the other lanes of the mask; the last one to come serves them all.
@@ -204,8 +204,8 @@ void collective(uint32_t mask, Operation operation, int source, const void* in, 
   const int first = position.thread - lane;
   if (!(mask >> lane & 1)) fail("a lane calls a collective whose mask leaves it out", file, line);
   if (operation == Operation::kExchange && !(mask >> source & 1)) {
-    fail("a lane reads from lane " + std::to_string(source) + ", which the mask leaves out",
-         file, line);
+    fail("a lane reads from lane " + std::to_string(source) + ", which the mask leaves out", file,
+         line);
   }
   if (mask & machine.exited_lanes[position.thread / kWarp]) {
     fail("the mask names a lane that has left", file, line);
@@ -224,8 +224,7 @@ void collective(uint32_t mask, Operation operation, int source, const void* in, 
   fiber.state = State::kAtCollective;
 
   const Fiber& leader = *machine.fibers[first + __builtin_ctz(mask)];
-  if (leader.state == State::kAtCollective && leader.mask >> lane & 1 &&
-      !together(leader, fiber)) {
+  if (leader.state == State::kAtCollective && leader.mask >> lane & 1 && !together(leader, fiber)) {
     fail("a lane of the mask is at another collective, line " + std::to_string(leader.line), file,
          line);
   }
@@ -263,7 +262,9 @@ void collective(uint32_t mask, Operation operation, int source, const void* in, 
 }  // namespace
 
 SharedArray::SharedArray(size_t element_bytes, int count, int line)
-    : element_bytes_(element_bytes), line_(line), access_(count),
+    : element_bytes_(element_bytes),
+      line_(line),
+      access_(count),
       storage_(element_bytes * count + 16) {
   data_ = storage_.data() + (16 - reinterpret_cast<uintptr_t>(storage_.data()) % 16) % 16;
   clear();
@@ -277,8 +278,7 @@ void SharedArray::clear() {
 void SharedArray::race(int i, const char* what, int other) const {
   throw Fault("race: " + place(position.thread) + " " + what + " element " + std::to_string(i) +
               " of the shared array declared in line " + std::to_string(line_) +
-              (other < 0 ? std::string(", several threads")
-                         : ", thread " + std::to_string(other)) +
+              (other < 0 ? std::string(", several threads") : ", thread " + std::to_string(other)) +
               " without a barrier between");
 }
 
@@ -349,8 +349,7 @@ void barrier(const char* file, int line) {
     const Fiber& other = *machine.fibers[i];
     if (other.state != State::kAtBarrier) continue;
     if (other.line != line || std::strcmp(other.file, file) != 0) {
-      fail("another thread waits at the barrier in line " + std::to_string(other.line), file,
-           line);
+      fail("another thread waits at the barrier in line " + std::to_string(other.line), file, line);
     }
     break;  // those that wait already are at one place
   }

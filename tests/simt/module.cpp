@@ -11,6 +11,7 @@
 #include <variant>
 
 #include "kernels.h"
+#include "probes.h"
 #include "simt.cuh"
 
 namespace py = pybind11;
@@ -129,8 +130,8 @@ void softmax_entropy_backward(Array logits, Temperature temperature, Array entro
 }
 
 void bisect_temperature(Array logits, bool per_sample, Array target_entropy, Optional initial,
-                        double low, double high, double tolerance, int max_iterations,
-                        int method, Array temperature, Array entropy, Array slope, Array status,
+                        double low, double high, double tolerance, int max_iterations, int method,
+                        Array temperature, Array entropy, Array slope, Array status,
                         Array iterations) {
   BisectTemperatureArgs args = {};
   set_shape(args, logits);
@@ -252,38 +253,36 @@ PYBIND11_MODULE(bmtard_simt, m) {
   m.def("softmax_entropy", &softmax_entropy, py::kw_only(), py::arg("logits"),
         py::arg("temperature"), py::arg("entropy"), py::arg("statistics"));
   m.def("softmax_entropy_backward", &softmax_entropy_backward, py::kw_only(), py::arg("logits"),
-        py::arg("temperature"), py::arg("entropy"), py::arg("statistics"),
-        py::arg("grad_entropy"), py::arg("grad_logits"), py::arg("grad_temperature"));
+        py::arg("temperature"), py::arg("entropy"), py::arg("statistics"), py::arg("grad_entropy"),
+        py::arg("grad_logits"), py::arg("grad_temperature"));
   m.def("bisect_temperature", &bisect_temperature, py::kw_only(), py::arg("logits"),
         py::arg("per_sample"), py::arg("target_entropy"), py::arg("initial"), py::arg("low"),
         py::arg("high"), py::arg("tolerance"), py::arg("max_iterations"), py::arg("method"),
         py::arg("temperature"), py::arg("entropy"), py::arg("slope"), py::arg("status"),
         py::arg("iterations"));
   m.def("multi_teacher_kl", &multi_teacher_kl, py::kw_only(), py::arg("students"),
-        py::arg("teachers"), py::arg("temperature"), py::arg("student_temperature"),
-        py::arg("eps"), py::arg("kl"), py::arg("statistics"));
-  m.def("multi_teacher_kl_backward", &multi_teacher_kl_backward, py::kw_only(),
-        py::arg("students"), py::arg("teachers"), py::arg("temperature"),
-        py::arg("student_temperature"), py::arg("eps"), py::arg("statistics"),
-        py::arg("coefficient"), py::arg("student_shared"), py::arg("teacher_shared"),
-        py::arg("grad_students"), py::arg("grad_teachers"), py::arg("grad_temperature"));
+        py::arg("teachers"), py::arg("temperature"), py::arg("student_temperature"), py::arg("eps"),
+        py::arg("kl"), py::arg("statistics"));
+  m.def("multi_teacher_kl_backward", &multi_teacher_kl_backward, py::kw_only(), py::arg("students"),
+        py::arg("teachers"), py::arg("temperature"), py::arg("student_temperature"), py::arg("eps"),
+        py::arg("statistics"), py::arg("coefficient"), py::arg("student_shared"),
+        py::arg("teacher_shared"), py::arg("grad_students"), py::arg("grad_teachers"),
+        py::arg("grad_temperature"));
   m.def("bmtard_loss", &bmtard_loss, py::kw_only(), py::arg("students"), py::arg("teachers"),
         py::arg("state"), py::arg("update"), py::arg("sign"), py::arg("low"), py::arg("high"),
-        py::arg("temperature_momentum"), py::arg("loss_exponent"),
-        py::arg("student_temperature"), py::arg("eps"), py::arg("scale"), py::arg("tolerance"),
-        py::arg("max_iterations"), py::arg("loss"), py::arg("grad_students"));
+        py::arg("temperature_momentum"), py::arg("loss_exponent"), py::arg("student_temperature"),
+        py::arg("eps"), py::arg("scale"), py::arg("tolerance"), py::arg("max_iterations"),
+        py::arg("loss"), py::arg("grad_students"));
   m.def("pgd_step", &pgd_step, py::kw_only(), py::arg("x_adv"), py::arg("grad"), py::arg("x"),
-        py::arg("step_size"), py::arg("epsilon"), py::arg("low"), py::arg("high"),
-        py::arg("l2"));
+        py::arg("step_size"), py::arg("epsilon"), py::arg("low"), py::arg("high"), py::arg("l2"));
 
   m.def(
       "configure",
       [](uint64_t seed, int multiprocessors, size_t max_shared_bytes) {
         simt::host::settings = {seed, multiprocessors, max_shared_bytes};
       },
-      "The order of threads and blocks (0: ascending), and what the device has.",
-      py::kw_only(), py::arg("seed") = 0, py::arg("multiprocessors") = 3,
-      py::arg("max_shared_bytes") = 16 * 1024);
+      "The order of threads and blocks (0: ascending), and what the device has.", py::kw_only(),
+      py::arg("seed") = 0, py::arg("multiprocessors") = 3, py::arg("max_shared_bytes") = 16 * 1024);
   m.def(
       "take_counters",
       [] {
@@ -300,5 +299,6 @@ PYBIND11_MODULE(bmtard_simt, m) {
   m.def("narrow_float16", [](float x) { return simt::to_float16(x).bits; });
   m.def("widen_bfloat16", [](uint16_t bits) { return simt::widen(BFloat16{bits}); });
   m.def("narrow_bfloat16", [](float x) { return simt::to_bfloat16(x).bits; });
+  m.def("run_probe", &run_probe, "Runs a kernel of probes.cpp; returns what its threads wrote.");
   m.def("architectures", &cuda::architectures);
 }

@@ -26,9 +26,9 @@
 #define BMTARD_ROLLED
 
 // As static __shared__ memory: one array a block for each place in the code.
-#define BMTARD_SHARED(T, name, count)                                               \
-  static const char name##_key = 0;                                                 \
-  const ::bmtard::simt::Shared<T> name {                                            \
+#define BMTARD_SHARED(T, name, count)                                             \
+  static const char name##_key = 0;                                               \
+  const ::bmtard::simt::Shared<T> name {                                          \
     ::bmtard::simt::host::shared_array(&name##_key, sizeof(T), (count), __LINE__) \
   }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from . import harness as h
 
@@ -27,3 +28,48 @@ def test_half_types_convert_as_numpy_does():
     for value in values.astype(np.float32).tolist():
         assert simt.narrow_float16(value) == h.encode(np.array([value]), "float16").view(np.uint16)
         assert simt.narrow_bfloat16(value) == h.encode(np.array([value]), "bfloat16")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_correct_kernels_run(seed):
+    h.simt().configure(seed=seed)
+    assert h.simt().run_probe("with_barrier") == [(i + 1) % 64 for i in range(64)]
+    # Three doublings a round; the groups of a pair 16 lanes apart differ by two rounds.
+    rounds = [8 ** (1 + i % 32 // 8) for i in range(64)]
+    want = [rounds[i] + rounds[i ^ 16] for i in range(64)]
+    assert h.simt().run_probe("uneven_groups") == want
+
+
+@pytest.mark.parametrize(
+    ("probe", "message"),
+    [
+        ("without_barrier", "without a barrier between|before it is written"),
+        ("never_written", "before it is written"),
+        ("past_the_end", "of a shared array of 64"),
+        ("leave_before_the_barrier", "leaves while others wait|other threads have left"),
+        ("two_barriers", "another thread waits at the barrier"),
+        ("barrier_and_shuffle", "deadlock"),
+        ("not_in_the_mask", "leaves it out"),
+        ("source_not_in_the_mask", "which the mask leaves out"),
+        ("lane_has_left", "waits for it|a lane that has left"),
+        ("misaligned", "misaligned access of 8 bytes"),
+    ],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_faults_are_seen(probe, message, seed):
+    """Whatever the order of the threads; and the machine works on afterwards."""
+    h.simt().configure(seed=seed)
+    with pytest.raises(h.simt().Fault, match=message):
+        h.simt().run_probe(probe)
+    assert h.simt().run_probe("with_barrier")[0] == 1
+
+
+def test_seeds_change_the_order():
+    """Without a barrier it depends on the order which of two faults comes first."""
+    messages = set()
+    for seed in range(8):
+        h.simt().configure(seed=seed)
+        with pytest.raises(h.simt().Fault) as caught:
+            h.simt().run_probe("without_barrier")
+        messages.add(str(caught.value))
+    assert len(messages) > 4
