@@ -74,6 +74,16 @@ def test_loss_weights_match_numpy(device, weight_lr, exponent, teachers):
         assert balance.step == step + 1
 
 
+def test_weights_set_by_hand_return_to_sum_one(device, path):
+    balance, loss = NormalizationLossBalance(weight_lr=0.5).to(device), BMTARDLoss().to(device)
+    for module in (balance, loss):
+        module.weights.copy_(torch.tensor([0.9, 0.6]))
+    weights = balance(torch.ones(2, device=device))
+    assert weights.tolist() == pytest.approx([0.7 / 1.25, 0.55 / 1.25])
+    loss(*batch(0, device=device))
+    assert float(loss.weights.sum()) == pytest.approx(1, abs=1e-12)
+
+
 def test_losses_of_zero_and_below(device):
     # Matched from the start counts as relative loss 1; below 0 is rounding and counts as 0.
     balance = NormalizationLossBalance(3, weight_lr=1.0).to(device)
