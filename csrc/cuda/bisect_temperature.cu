@@ -117,11 +117,6 @@ BMTARD_DEVICE void decide(const BisectTemperatureArgs& args, Progress& progress,
     search.start(
         args.initial ? keep : initial_temperature(range, search.target, args.low, args.high), keep);
     progress.phase = kSearch;
-    if (args.rows == 0) {  // the mean of nothing
-      search.at = {sums[0] / rows, 0, 0};
-      search.temperature = search.kept;
-      search.finish(kDegenerate);
-    }
   } else {
     search.update({sums[0] / rows, sums[1] / rows, sums[2] / rows});
   }

@@ -289,8 +289,8 @@ bmtard_loss_kernel(const BMTARD_GRID_CONSTANT BMTARDLossArgs args, bool packed, 
         board.loss.set(thread, args.scale * totals.get(thread * kEntropySums));
         board.entropy.set(thread,
                           totals.get(thread * kEntropySums + 1) / static_cast<double>(args.rows));
-        stopped = bisects(args) &&
-                  (teacher.search.status == kClampedLow || teacher.search.status == kClampedHigh);
+        // The teacher that set the target may be clamped at the lower bound, having reached it.
+        stopped = bisects(args) && teacher.search.status == kClampedHigh;
       }
       if (thread < simt::kWarp) stopped = simt::any(simt::kFullWarp, stopped);
       simt::block_barrier();
