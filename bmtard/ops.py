@@ -740,7 +740,11 @@ def _pair(
             if first is None:
                 _check_logits(op, name if side[0] is logits else f"{name}[0]", entry)
                 first, shape, dtype, device = entry, entry.shape, entry.dtype, entry.device
-            elif not isinstance(entry, Tensor) or entry.dtype != dtype:
+            elif (
+                not isinstance(entry, Tensor)
+                or entry.dtype != dtype
+                or entry.layout != torch.strided
+            ):
                 _check_logits(op, f"{name}[{k}]", entry)
                 same_dtype = False
             if entry.shape != shape:
