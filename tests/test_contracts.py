@@ -123,6 +123,7 @@ CASES = {
         (kl([LOGITS, INTEGERS]), TypeError, "student_logits[1]", "float32", "int64"),
         (kl([LOGITS, 3.0]), TypeError, "student_logits[1]", "tensor", "float"),
         (kl(LOGITS, [LOGITS, None]), TypeError, "teacher_logits[1]", "tensor", "NoneType"),
+        (kl(LOGITS, LOGITS.to_sparse()), TypeError, "teacher_logits", "dense", "sparse"),
         (kl(3.0), TypeError, "student_logits", "sequence", "float"),
         (kl(LOGITS, {"clean": LOGITS}), TypeError, "teacher_logits", "sequence", "dict"),
         (kl([]), ValueError, "student_logits", "1 to 16", "0"),
