@@ -384,9 +384,7 @@ def pgd_step_(
         x_adv, grad.to(x_adv.dtype), x.to(x_adv.dtype),
         step_size, epsilon, low, high, norm == "l2",
     )  # fmt: skip
-    if not (torch.compiler.is_compiling() or x_adv.is_inference()):
-        # Otherwise autograd would not notice that a tensor it has saved was overwritten.
-        torch.autograd.graph.increment_version(x_adv)
+    _mark_overwritten(x_adv)
     return x_adv
 
 
@@ -428,6 +426,8 @@ def bmtard_loss(
         update, mode == "sign", low, high, temperature_momentum, loss_exponent,
         student_temperature, eps, scale, tolerance, max_iterations, wants_grad,
     )  # fmt: skip
+    if update:
+        _mark_overwritten(*state[:5], state.step, state.status)
     return _AttachGradients.apply(loss, grads, *students) if wants_grad else loss
 
 
@@ -803,6 +803,12 @@ def _split(temperature: float | Tensor, dtype: torch.dtype) -> tuple[Tensor | No
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _mark_overwritten(*tensors: Tensor) -> None:
+    """Lets autograd notice that tensors which it may have saved were overwritten by an op."""
+    if not (torch.compiler.is_compiling() or tensors[0].is_inference()):
+        torch.autograd.graph.increment_version(tensors)
 
 
 def _mask(wanted: Sequence[bool]) -> int:

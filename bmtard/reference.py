@@ -188,7 +188,7 @@ def pgd_step_(
     acc = accumulation_dtype(x_adv.dtype)
     origin, delta = x.to(acc), grad.to(acc)
     if norm == "linf":
-        moved = x_adv.to(acc) + step_size * delta.sign().nan_to_num(0)
+        moved = x_adv.to(acc) + step_size * delta.sign()  # 0 for NaN
         moved = torch.minimum(torch.maximum(moved, origin - epsilon), origin + epsilon)
     else:
         shape = (-1,) + (1,) * (x.dim() - 1)

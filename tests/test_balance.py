@@ -576,3 +576,15 @@ def test_sixteen_teachers(device, path, mode):
         torch.testing.assert_close(
             loss.entropies, loss.entropies.max().expand(16), rtol=0, atol=2e-6
         )
+
+
+def test_autograd_notices_that_the_state_was_overwritten(device, path):
+    """Otherwise a graph through the buffers would use values of a later step in silence."""
+    criterion = bmtard.BMTARDLoss().to(device)
+    logits = [torch.randn(4, 10, device=device) for _ in range(2)]
+    criterion(logits, logits)
+    x = torch.ones(2, dtype=torch.float64, device=device, requires_grad=True)
+    product = (x * criterion.temperatures).sum()
+    criterion(logits, logits)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
