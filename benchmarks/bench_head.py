@@ -2,9 +2,11 @@
 
     python benchmarks/bench_head.py --threads 1 --json benchmarks/results/head-cpu.json
 
-Providers run in turns (A B C A B C ...) in one process, so that a drift of the machine hits all
-alike; the figures are medians with the 20th and 80th percentile, and ratios to bmtard. Each
-provider's loss and gradients are checked against the float64 formula before it is timed.
+Providers run in turns in one process, a block of calls each and in a new order every round, so that
+a drift of the machine hits all alike and none always runs in the caches that another has left. The
+figures are medians over the rounds of a block's time per call, with the 20th and 80th percentile,
+and ratios to bmtard. Each provider's loss and gradients are checked against the float64 formula
+before it is timed.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import random
 import shlex
 import statistics
 import sys
@@ -143,24 +146,29 @@ def measure(rows: int, classes: int, seconds: float) -> dict[str, dict[str, floa
         loss = step(head, students, teachers)
         if name != "bmtard bisect":
             check(name, loss, students, teachers)
-    for head in heads.values():
-        for _ in range(20 if classes < 1000 else 3):
-            step(head, students, teachers)
-    times: dict[str, list[float]] = {name: [] for name in heads}
+    block = 20 if rows * classes <= 32768 else 1
+    names = list(heads)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["bmtard sign"]) < 20:
-        for name, head in heads.items():
+    warm_up = 2
+    while time.perf_counter() < end or len(times[names[0]]) < warm_up + 20:
+        order.shuffle(names)
+        for name in names:
             start = time.perf_counter()
-            step(head, students, teachers)
-            times[name].append(1e6 * (time.perf_counter() - start))
+            for _ in range(block):
+                step(heads[name], students, teachers)
+            times[name].append(1e6 * (time.perf_counter() - start) / block)
     result = {}
-    for name, values in times.items():
+    for name in heads:
+        values = times[name][warm_up:]
         low, *_, high = statistics.quantiles(values, n=5)
         result[name] = {
             "median_us": round(statistics.median(values), 1),
             "p20_us": round(low, 1),
             "p80_us": round(high, 1),
-            "runs": len(values),
+            "rounds": len(values),
+            "calls_per_round": block,
         }
     for figures in result.values():
         figures["ratio_to_bmtard_sign"] = round(

@@ -118,9 +118,9 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
     const RowScratch<real> scratch(classes);
     const int64_t padded = (classes + V::size - 1) / V::size * V::size;
     for (int64_t r = begin; r < end; ++r) {
-      const auto found = teacher_kl(row_of<scalar>(args.student[k], r),
-                                    row_of<scalar>(args.teacher[k], r), classes, student_scale,
-                                    scale, static_cast<real>(args.eps), false, scratch.data());
+      const auto found =
+          teacher_kl<scalar>(args.student[k], args.teacher[k], r, classes, student_scale, scale,
+                             static_cast<real>(args.eps), false, scratch.data());
       work.kl[k * rows + r] = found.kl;
       work.entropy[k * rows + r] = published ? found.entropy_eps : found.entropy;
       if (!args.grad_student[k]) continue;
@@ -208,17 +208,17 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
   for (int32_t k = 0; k < teachers; ++k) total += weights[k] * losses[k];
   *static_cast<real*>(args.loss) = static_cast<real>(total);
 
-  for_rows(parallel_for, teachers * rows, classes, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int32_t k = static_cast<int32_t>(i / rows);
-      const int64_t r = i % rows;
-      if (!args.grad_student[k]) continue;
-      const real weight = static_cast<real>(weights[k]);
-      scalar* out = static_cast<scalar*>(args.grad_student[k]) + r * classes;
-      for_row(difference_of(k, r), classes, real(0),
-              [&](V d, int64_t j) { store_at(out, j, classes, d * V(weight)); });
-    }
-  });
+  for (int32_t k = 0; k < teachers; ++k) {
+    if (!args.grad_student[k]) continue;
+    const V weight = static_cast<real>(weights[k]);
+    // Rows lie one after the other here, so a thread's part is one long row.
+    for_rows(parallel_for, rows, classes, [&](int64_t begin, int64_t end) {
+      scalar* out = static_cast<scalar*>(args.grad_student[k]) + begin * classes;
+      const int64_t count = (end - begin) * classes;
+      for_row(difference_of(k, begin), count, real(0),
+              [&](V d, int64_t j) { store_at(out, j, count, d * weight); });
+    });
+  }
 }
 
 }  // namespace

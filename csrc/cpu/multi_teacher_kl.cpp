@@ -31,8 +31,8 @@ void forward_rows(const MultiTeacherKLArgs& args, int64_t begin, int64_t end) {
   const RowScratch<real> scratch(args.classes);
   for (int32_t k = 0; k < args.teachers; ++k) {
     for (int64_t r = begin; r < end; ++r) {
-      const auto found = teacher_kl(
-          row_of<scalar>(args.student[k], r), row_of<scalar>(args.teacher[k], r), args.classes,
+      const auto found = teacher_kl<scalar>(
+          args.student[k], args.teacher[k], r, args.classes,
           static_cast<real>(1.0 / args.student_temperature), teacher_scale<real>(args, k),
           static_cast<real>(args.eps), args.statistics != nullptr, scratch.data());
       write<real>(args, k, r, 1, found);

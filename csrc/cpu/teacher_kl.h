@@ -31,13 +31,17 @@ struct EpsTerms {
 // `exps` receives exp of the shifted student's and teacher's logits, each padded to whole
 // vectors; times the norms these are the probabilities.
 template <typename scalar>
-inline TeacherKL<acc_t<scalar>> teacher_kl(const scalar* student, const scalar* teacher,
-                                           int64_t classes, acc_t<scalar> student_scale,
-                                           acc_t<scalar> teacher_scale, acc_t<scalar> eps,
-                                           bool wants_center, acc_t<scalar>* exps) {
+inline TeacherKL<acc_t<scalar>> teacher_kl(const Matrix& students, const Matrix& teachers,
+                                           int64_t row, int64_t classes,
+                                           acc_t<scalar> student_scale, acc_t<scalar> teacher_scale,
+                                           acc_t<scalar> eps, bool wants_center,
+                                           acc_t<scalar>* exps) {
   using real = acc_t<scalar>;
   using V = Vec<real>;
   const V zero = real(0);
+  const bool has_eps = eps != real(0);
+  const scalar* student = row_of<scalar>(students, row);
+  const scalar* teacher = row_of<scalar>(teachers, row);
   const real student_max = row_max(student, classes), teacher_max = row_max(teacher, classes);
   const auto student_u = [&](V s) { return (s - V(student_max)) * V(student_scale); };
   const auto teacher_u = [&](V t) { return (t - V(teacher_max)) * V(teacher_scale); };
@@ -50,6 +54,10 @@ inline TeacherKL<acc_t<scalar>> teacher_kl(const scalar* student, const scalar* 
     const int64_t length = classes - start < kBlock ? classes - start : kBlock;
     V q = zero, p = zero, pd = zero, pu = zero;
     for (int64_t j = 0; j < length; j += V::size) {
+      // The next row comes while this one is computed: the processor's own prefetch stops at
+      // the end of a page, which is about a row.
+      __builtin_prefetch(student + students.row_stride + start + j);
+      __builtin_prefetch(teacher + teachers.row_stride + start + j);
       const V v = student_u(load_at(student + start, j, length, kNegativeInfinity<real>));
       const V u = teacher_u(load_at(teacher + start, j, length, kNegativeInfinity<real>));
       const V ev = exp(v), eu = exp(u);
@@ -57,7 +65,7 @@ inline TeacherKL<acc_t<scalar>> teacher_kl(const scalar* student, const scalar* 
       store(teacher_exps + start + j, eu);
       q = q + ev;
       p = p + eu;
-      pd = pd + weighted(eu, u - v);
+      if (!has_eps) pd = pd + weighted(eu, u - v);
       pu = pu + eu * floor_exponent(u);
     }
     q_sum += static_cast<double>(reduce_add(q));
@@ -71,7 +79,7 @@ inline TeacherKL<acc_t<scalar>> teacher_kl(const scalar* student, const scalar* 
 
   const double entropy = teacher_log_sum - self / p_sum;
   double kl, center, entropy_eps;
-  if (eps == real(0)) {
+  if (!has_eps) {
     kl = center = cross / p_sum - teacher_log_sum + student_log_sum;
     entropy_eps = entropy;
   } else {
