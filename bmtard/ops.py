@@ -626,14 +626,14 @@ class _AttachGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, grads: Tensor, *students: Tensor) -> Tensor:
         ctx.save_for_backward(grads, *students)
-        return loss.view_as(loss)
+        return loss
 
     @staticmethod
     @_once_differentiable("BMTARDLoss")
     def backward(ctx: Any, grad: Tensor) -> Any:
         grads = ctx.saved_tensors[0]
         # On the host the usual gradient of 1 costs a look instead of a pass over memory.
-        if grad.device.type != "cpu" or torch.compiler.is_compiling() or grad.item() != 1.0:
+        if not grad.is_cpu or torch.compiler.is_compiling() or grad.item() != 1.0:
             grads = grads * grad.to(grads.dtype)
         return (None, None, *grads.unbind())
 
@@ -645,9 +645,9 @@ def use_native(tensor: Tensor) -> bool:
     """Whether compiled kernels serve the tensor's device; where none do, warns once."""
     if not _library.NATIVE:
         return False
-    kind = tensor.device.type
-    if kind == "cpu" or (kind == "cuda" and _library.has_cuda()):
+    if tensor.is_cpu or (tensor.is_cuda and _library.has_cuda()):
         return True
+    kind = tensor.device.type
     if kind not in _warned and not torch.compiler.is_compiling():
         _warned.add(kind)
         warnings.warn(
