@@ -185,6 +185,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads < 1 or options.seconds <= 0:
         parser.error("--threads must be >= 1 and --seconds > 0")
+    if options.json:  # fails now rather than after the measurement
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.touch()
     report = {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.date.today().isoformat(),
