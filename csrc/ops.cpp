@@ -314,10 +314,15 @@ struct Pairs {
   }
 
   const Tensor& first() const { return students[0].tensor; }
-  void fill(Matrix* student, Matrix* teacher) const {
+  template <typename Args>
+  void fill(Args& args) const {
+    args.dtype = data_type(first());
+    args.teachers = teachers_count;
+    args.rows = first().size(0);
+    args.classes = first().size(1);
     for (int32_t k = 0; k < teachers_count; ++k) {
-      student[k] = students[students.size() == 1 ? 0 : k].matrix;
-      teacher[k] = teachers[teachers.size() == 1 ? 0 : k].matrix;
+      args.student[k] = students[students.size() == 1 ? 0 : k].matrix;
+      args.teacher[k] = teachers[teachers.size() == 1 ? 0 : k].matrix;
     }
   }
 };
@@ -335,11 +340,7 @@ std::tuple<Tensor, Tensor> multi_teacher_kl(const Tensors& student, const Tensor
   Tensor statistics =
       with_statistics ? empty<3>({5, count, n}, type, first) : empty<1>({0}, type, first);
   MultiTeacherKLArgs args{};
-  args.dtype = data_type(first);
-  args.teachers = pairs.teachers_count;
-  args.rows = n;
-  args.classes = first.size(1);
-  pairs.fill(args.student, args.teacher);
+  pairs.fill(args);
   args.temperature = static_cast<const double*>(t.data);
   args.temperature_stride = t.stride;
   args.temperature_value = temperature_value;
@@ -366,11 +367,7 @@ std::tuple<Tensor, Tensor, Tensor> multi_teacher_kl_backward(
                       grad_kl.get_device_index() == first.get_device_index(),
                   "expected grad_kl [", count, ", ", n, "] in the accumulation dtype");
   MultiTeacherKLBackwardArgs args{};
-  args.dtype = data_type(first);
-  args.teachers = pairs.teachers_count;
-  args.rows = n;
-  args.classes = first.size(1);
-  pairs.fill(args.student, args.teacher);
+  pairs.fill(args);
   args.temperature = static_cast<const double*>(t.data);
   args.temperature_stride = t.stride;
   args.temperature_value = temperature_value;
@@ -401,7 +398,7 @@ std::tuple<Tensor, Tensor> bmtard_loss(
     double scale, double tolerance, int64_t max_iterations, bool wants_grad) {
   const Pairs pairs(student, teacher);
   const Tensor& first = pairs.first();
-  const int64_t n = first.size(0), count = pairs.teachers_count;
+  const int64_t count = pairs.teachers_count;
   STD_TORCH_CHECK(student.size() == teacher.size(), "expected K student and K teacher logits");
   const auto state = [&](const Tensor& tensor, ScalarType type, int64_t values) {
     return dense(tensor, first, type, values);
@@ -410,11 +407,7 @@ std::tuple<Tensor, Tensor> bmtard_loss(
     return static_cast<double*>(state(tensor, ScalarType::Double, values));
   };
   BMTARDLossArgs args{};
-  args.dtype = data_type(first);
-  args.teachers = pairs.teachers_count;
-  args.rows = n;
-  args.classes = first.size(1);
-  pairs.fill(args.student, args.teacher);
+  pairs.fill(args);
   args.state = {reals(temperatures, count),
                 reals(weights, count),
                 reals(initial_losses, count),
