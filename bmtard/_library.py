@@ -93,6 +93,8 @@ def _native_info() -> dict[str, Any]:
     function = ctypes.CDLL(str(_LIBRARY)).bmtard_build_info
     function.restype = ctypes.c_char_p
     info: dict[str, Any] = json.loads(function())
+    if "error" in info:
+        raise ImportError(f"bmtard: {info['error']}")
     return info
 
 

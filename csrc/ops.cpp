@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <exception>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -564,7 +565,7 @@ BMTARD_IMPLEMENT(CUDA)
 
 // One JSON object, read by bmtard/_library.py.
 extern "C" __attribute__((visibility("default"))) const char* bmtard_build_info() {
-  static const std::string info = [] {
+  static const std::string info = []() -> std::string {
     std::string text = "{\"torch\": \"" BMTARD_TORCH_VERSION "\", \"target\": \"2.10\", ";
 #if defined(BMTARD_CUDA)
     text += "\"cuda\": true, \"cuda_runtime\": " + std::to_string(bmtard::cuda::runtime_version()) +
@@ -572,9 +573,15 @@ extern "C" __attribute__((visibility("default"))) const char* bmtard_build_info(
 #else
     text += "\"cuda\": false, ";
 #endif
-    text += "\"instruction_set\": \"" + std::string(bmtard::cpu::kernels().instruction_set);
-    text += "\", \"compiler\": \"" __VERSION__ "\"}";
-    return text;
+    try {
+      text += "\"instruction_set\": \"" + std::string(bmtard::cpu::kernels().instruction_set);
+    } catch (const std::exception& error) {  // must not leave a C function
+      std::string message = error.what();
+      std::replace(message.begin(), message.end(), '"', '\'');
+      std::replace(message.begin(), message.end(), '\\', '/');
+      return "{\"error\": \"" + message + "\"}";
+    }
+    return text + "\", \"compiler\": \"" __VERSION__ "\"}";
   }();
   return info.c_str();
 }

@@ -75,6 +75,14 @@ def test_instruction_set_can_be_chosen(instruction_set):
     assert float(entropy) == pytest.approx(1.3862943611)
 
 
+@needs_native
+def test_unknown_instruction_set_is_named():
+    result = run("import bmtard", BMTARD_CPU_CAPABILITY='"sse"')
+    assert result.returncode == 1
+    message = "BMTARD_CPU_CAPABILITY must be baseline, avx2 or avx512, got 'sse'"
+    assert f"ImportError: bmtard: {message}" in result.stderr
+
+
 def test_without_library_warns_once_and_works(bare_package):
     result = run(f"import torch, bmtard; {OP}; print(bmtard.build_info())", bare_package)
     assert result.returncode == 0, result.stderr
