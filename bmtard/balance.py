@@ -462,11 +462,7 @@ def _check_teachers(op: str, logits: Sequence[Tensor], temperatures: Tensor) -> 
                 f"{op}: teacher_logits[{k}] must be on the module's device, "
                 f"{temperatures.device}, got {entry.device}"
             )
-        if entry.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{op}: teacher_logits[{k}] requires grad, but the balance treats the teachers as "
-                "constants; run them under torch.no_grad() or pass .detach()"
-            )
+        ops.check_constant(op, k, entry)
     return list(logits)
 
 

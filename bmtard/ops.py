@@ -444,17 +444,22 @@ def balanced_pairs(
                 f"got {len(side)}"
             )
     for k, logits in enumerate(teachers):
-        if logits.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{op}: teacher_logits[{k}] requires grad, but the balance treats the teachers as "
-                "constants; run them under torch.no_grad() or pass .detach()"
-            )
+        check_constant(op, k, logits)
     if weights.device != students[0].device:
         raise ValueError(
             f"{op}: the module's state must be on the device of student_logits, "
             f"{students[0].device}, got {weights.device}; move the module with .to()"
         )
     return students, teachers
+
+
+def check_constant(op: str, k: int, teacher_logits: Tensor) -> None:
+    """Refuses logits of teacher ``k`` that expect a gradient, as they would get none."""
+    if teacher_logits.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: teacher_logits[{k}] requires grad, but the balance treats the teachers as "
+            "constants; run them under torch.no_grad() or pass .detach()"
+        )
 
 
 # --- Autograd -------------------------------------------------------------------------------

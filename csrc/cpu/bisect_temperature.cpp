@@ -5,25 +5,17 @@ BMTARD_NAMESPACE_BEGIN
 namespace {
 
 template <typename real>
-TemperatureSearch<double> new_search(const BisectTemperatureArgs& args, int64_t row,
-                                     LogitRange<double> range) {
-  TemperatureSearch<double> search{};
-  search.target = static_cast<double>(
+TemperatureSearch<double> started_search(const BisectTemperatureArgs& args, int64_t row,
+                                         LogitRange<double> range) {
+  const double target = static_cast<double>(
       static_cast<const real*>(args.target_entropy)[row * args.target_entropy_stride]);
-  search.log_count = range.log_count;
-  // What rounding in `real` leaves of an entropy: 4 ulp of log C.
-  const double rounding = 4.0 * std::numeric_limits<real>::epsilon() * range.log_count;
-  search.tolerance = args.tolerance > rounding ? args.tolerance : rounding;
-  search.low = args.low;
-  search.high = args.high;
-  search.max_iterations = args.max_iterations;
-  search.method = args.method;
+  auto search = new_search<real>(args, args.method, target, range.log_count);
   if (args.initial) {
     const double initial =
         static_cast<double>(static_cast<const real*>(args.initial)[row * args.initial_stride]);
     search.start(initial, initial);
   } else {
-    search.start(initial_temperature(range, search.target, args.low, args.high), 1.0);
+    search.start(initial_temperature(range, target, args.low, args.high), 1.0);
   }
   return search;
 }
@@ -44,7 +36,7 @@ void each_row(const BisectTemperatureArgs& args, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const scalar* row = row_of<scalar>(args.logits, r);
     const auto look = look_at(row, args.classes);
-    auto search = new_search<real>(args, r, look.range);
+    auto search = started_search<real>(args, r, look.range);
     run(search, [&](double temperature) {
       return row_derivatives(row, args.classes, look.max, temperature);
     });
@@ -57,20 +49,9 @@ void batch_mean(const BisectTemperatureArgs& args, ParallelFor parallel_for) {
   using real = acc_t<scalar>;
   double* parts = static_cast<double*>(args.workspace);
   real* max = reinterpret_cast<real*>(parts + 3 * args.rows);
-  for_rows(parallel_for, args.rows, args.classes, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const auto look = look_at(row_of<scalar>(args.logits, r), args.classes);
-      max[r] = look.max;
-      parts[3 * r] = look.range.log_count;
-      parts[3 * r + 1] = look.range.variance;
-    }
-  });
-  LogitRange<double> range{0, 0};
-  for (int64_t r = 0; r < args.rows; ++r) {
-    range.log_count += parts[3 * r] / static_cast<double>(args.rows);
-    range.variance += parts[3 * r + 1] / static_cast<double>(args.rows);
-  }
-  auto search = new_search<real>(args, 0, range);
+  const auto range =
+      mean_range<scalar>(args.logits, args.rows, args.classes, max, parts, parallel_for);
+  auto search = started_search<real>(args, 0, range);
   run(search, [&](double temperature) {
     return mean_derivatives<scalar>(args.logits, args.rows, args.classes, max, temperature, parts,
                                     parallel_for);

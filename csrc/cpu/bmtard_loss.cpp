@@ -37,37 +37,16 @@ bool solve_temperatures(const BMTARDLossArgs& args, const Workspace<scalar>& wor
   double target = kNegativeInfinity<double>;
   for (int32_t k = 0; k < args.teachers; ++k) {
     real* max = work.max + k * args.rows;
-    for_rows(parallel_for, args.rows, args.classes, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const scalar* row = row_of<scalar>(args.teacher[k], r);
-        int64_t finite = 0;
-        max[r] = row_max(row, args.classes);
-        Vec<real> n = real(0);
-        for_row(row, args.classes, kNegativeInfinity<real>, [&](Vec<real> z, int64_t) {
-          n = n + select(z == Vec<real>(kNegativeInfinity<real>), Vec<real>(real(0)),
-                         Vec<real>(real(1)));
-        });
-        finite = static_cast<int64_t>(reduce_add(n));
-        work.parts[r] = ::log(static_cast<double>(finite));
-      }
-    });
-    log_count[k] = 0;
-    for (int64_t r = 0; r < args.rows; ++r) log_count[k] += work.parts[r] / args.rows;
+    log_count[k] =
+        mean_range<scalar>(args.teacher[k], args.rows, args.classes, max, work.parts, parallel_for)
+            .log_count;
     lowest[k] = mean_derivatives<scalar>(args.teacher[k], args.rows, args.classes, max, args.low,
                                          work.parts, parallel_for);
     if (lowest[k].entropy > target) target = lowest[k].entropy;
   }
   bool out_of_bounds = false;
   for (int32_t k = 0; k < args.teachers; ++k) {
-    TemperatureSearch<double> search{};
-    search.target = target;
-    search.log_count = log_count[k];
-    const double rounding = 4.0 * std::numeric_limits<real>::epsilon() * log_count[k];
-    search.tolerance = args.tolerance > rounding ? args.tolerance : rounding;
-    search.low = args.low;
-    search.high = args.high;
-    search.max_iterations = args.max_iterations;
-    search.method = SearchMethod::kHalley;
+    auto search = new_search<real>(args, SearchMethod::kHalley, target, log_count[k]);
     const double current = args.state.temperatures[k];
     search.start(current, current);
     // The entropy at the lower bound is known; for the teacher that set the target, it is it.

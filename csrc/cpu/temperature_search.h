@@ -87,6 +87,45 @@ inline EntropyDerivatives<double> mean_derivatives(const Matrix& logits, int64_t
   return {mean.entropy / n, mean.variance / n, mean.third_moment / n};
 }
 
+// The first look at every row: their maxima into `max` [N], the mean of their ranges. `parts`
+// as in mean_derivatives().
+template <typename scalar>
+inline LogitRange<double> mean_range(const Matrix& logits, int64_t rows, int64_t classes,
+                                     acc_t<scalar>* max, double* parts, ParallelFor parallel_for) {
+  for_rows(parallel_for, rows, classes, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const auto look = look_at(row_of<scalar>(logits, r), classes);
+      max[r] = look.max;
+      parts[3 * r] = look.range.log_count;
+      parts[3 * r + 1] = look.range.variance;
+    }
+  });
+  LogitRange<double> mean{0, 0};
+  for (int64_t r = 0; r < rows; ++r) {
+    mean.log_count += parts[3 * r] / static_cast<double>(rows);
+    mean.variance += parts[3 * r + 1] / static_cast<double>(rows);
+  }
+  return mean;
+}
+
+// A search over logits whose statistics are `real`, with the settings that BisectTemperatureArgs
+// and BMTARDLossArgs share; still to be started.
+template <typename real, typename Args>
+inline TemperatureSearch<double> new_search(const Args& args, SearchMethod method, double target,
+                                            double log_count) {
+  TemperatureSearch<double> search{};
+  search.target = target;
+  search.log_count = log_count;
+  // What rounding in `real` leaves of an entropy: 4 ulp of log C.
+  const double rounding = 4.0 * std::numeric_limits<real>::epsilon() * log_count;
+  search.tolerance = args.tolerance > rounding ? args.tolerance : rounding;
+  search.low = args.low;
+  search.high = args.high;
+  search.max_iterations = args.max_iterations;
+  search.method = method;
+  return search;
+}
+
 // Runs a search to its end; evaluate(temperature) gives the entropy's derivatives there.
 template <typename F>
 inline void run(TemperatureSearch<double>& search, F evaluate) {
