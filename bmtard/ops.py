@@ -432,8 +432,8 @@ def bmtard_loss(
 
 def balanced_pairs(
     student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], weights: Tensor
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The contract of :class:`BMTARDLoss` on its inputs; both as sequences of K."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The contract of :class:`BMTARDLoss` on its inputs; both as lists of K."""
     op, count = "BMTARDLoss", weights.numel()
     students, teachers = _pair(op, student_logits, teacher_logits)
     for name, side in (("student_logits", students), ("teacher_logits", teachers)):
@@ -757,10 +757,10 @@ def _alike(students: Any, teachers: Any) -> bool:
 
 def _pair(
     op: str, student_logits: Tensor | Sequence[Tensor], teacher_logits: Tensor | Sequence[Tensor]
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Both sides as sequences of 1 or K tensors of one shape, device and dtype."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Both sides as lists of 1 or K tensors of one shape, device and dtype."""
     if _alike(student_logits, teacher_logits):
-        return student_logits, teacher_logits
+        return list(student_logits), list(teacher_logits)
     sides: list[list[Tensor]] = []
     first, same_dtype = None, True
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):

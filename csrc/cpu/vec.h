@@ -47,6 +47,7 @@ struct VecTypes<double> {
 template <typename real>
 struct Vec {
   static constexpr int size = kVecBytes / static_cast<int>(sizeof(real));
+  using scalar = real;
   using native = typename VecTypes<real>::native;
   using native_int = typename VecTypes<real>::native_int;
   struct Mask {
