@@ -59,8 +59,8 @@ def _(grad, students, teachers, temperature, value, student_temperature, eps, st
     n, c = _rows_of(students[0]), students[0].shape[1]
     k = max(len(students), len(teachers))
     return (
-        students[0].new_empty((wants_students.bit_count(), n, c)),
-        teachers[0].new_empty((wants_teachers.bit_count(), n, c)),
+        [students[0].new_empty((n, c)) for _ in range(wants_students.bit_count())],
+        [teachers[0].new_empty((n, c)) for _ in range(wants_teachers.bit_count())],
         grad.new_empty((k, n) if wants_temperature else (0, n)),
     )
 
@@ -72,7 +72,7 @@ def _(students, teachers, *rest):
     acc = accumulation_dtype(students[0].dtype)
     return (
         students[0].new_empty((), dtype=acc),
-        students[0].new_empty((len(students) if wants_grad else 0, n, c)),
+        [students[0].new_empty((n, c)) for _ in students if wants_grad],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from bmtard import ops, reference
 from bmtard.types import BalanceState, BalanceStatus, SearchStatus
 
 _MODES = ("bisect", "sign")
+_STATE: Any = operator.itemgetter(*BalanceState._fields)
 
 
 class _Balance(nn.Module):
@@ -294,18 +296,18 @@ class BMTARDLoss(_Balance):
 
     def state(self) -> BalanceState:
         """The buffers that a step reads and writes, not copies of them."""
-        # nn.Module's attribute look-up would cost as much as the kernel.
-        buffers: Any = self._buffers
-        return BalanceState(*[buffers[name] for name in BalanceState._fields])
+        # Past nn.Module's attribute look-up, which takes half a microsecond for each.
+        return BalanceState(*_STATE(self._buffers))
 
     def forward(self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor]) -> Tensor:
         averages = self.process_group is not None and self.training
-        if averages or not ops.use_native(self.weights):
+        state = self.state()
+        if averages or not ops.use_native(state.weights):
             return self._stepwise(student_logits, teacher_logits)
         return ops.bmtard_loss(
             student_logits,
             teacher_logits,
-            self.state(),
+            state,
             update=self.training,
             mode=self.balance,
             bounds=self.temperature_bounds,

@@ -411,31 +411,30 @@ def bmtard_loss(
     """
     students, teachers = balanced_pairs(student_logits, teacher_logits, state.weights)
     first = students[0]
-    classes = first.shape[-1]
-    rows = first.numel() // classes
+    if first.dim() != 2:
+        students, teachers = [_rows(s) for s in students], [_rows(t) for t in teachers]
+    rows, classes = students[0].shape
     divisor = {"mean": rows * classes, "batchmean": rows, "sum": 1}[reduction]
     scale = 1.0 / divisor if divisor else math.nan  # the mean of nothing
 
-    low, high = bounds
-    students, teachers = [_rows(s) for s in students], [_rows(t) for t in teachers]
     wants_grad = _wants_grad(*students)
     # The op changes the state, so it stands outside of autograd; the gradients that it has
     # already computed are attached afterwards.
     loss, grads = _native.bmtard_loss(
-        [s.detach() for s in students], teachers, *state,
-        update, mode == "sign", low, high, temperature_momentum, loss_exponent,
+        [s.detach() for s in students] if wants_grad else students, teachers, *state,
+        update, mode == "sign", *bounds, temperature_momentum, loss_exponent,
         student_temperature, eps, scale, tolerance, max_iterations, wants_grad,
     )  # fmt: skip
     if update:
         _mark_overwritten(*state[:5], state.step, state.status)
-    return _AttachGradients.apply(loss, grads, *students) if wants_grad else loss
+    return _AttachGradients.apply(loss, *grads, *students) if wants_grad else loss
 
 
 def balanced_pairs(
     student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], weights: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The contract of :class:`BMTARDLoss` on its inputs; both as lists of K."""
-    op, count = "BMTARDLoss", len(weights)
+    op, count = "BMTARDLoss", weights.numel()
     students, teachers = _pair(op, student_logits, teacher_logits)
     for name, side in (("student_logits", students), ("teacher_logits", teachers)):
         if len(side) != count:
@@ -443,8 +442,9 @@ def balanced_pairs(
                 f"{op}: {name} must be a sequence of {count} tensors, one for each teacher, "
                 f"got {len(side)}"
             )
-    for k, logits in enumerate(teachers):
-        check_constant(op, k, logits)
+    if torch.is_grad_enabled():
+        for k, logits in enumerate(teachers):
+            check_constant(op, k, logits)
     if weights.device != students[0].device:
         raise ValueError(
             f"{op}: the module's state must be on the device of student_logits, "
@@ -611,7 +611,7 @@ class _MultiTeacherKL(torch.autograd.Function):
             grad.flatten(1), rows[:n], rows[n:], temperature, *ctx.options, statistics,
             _mask(wants[:n]), _mask(wants[n:]), wants_temperature,
         )  # fmt: skip
-        computed = iter([*grad_students.unbind(), *grad_teachers.unbind()])
+        computed = iter([*grad_students, *grad_teachers])
         grad_logits = [
             next(computed).view(x.shape) if wanted else None
             for x, wanted in zip(logits, wants, strict=True)
@@ -626,21 +626,22 @@ class _MultiTeacherKL(torch.autograd.Function):
 
 
 class _AttachGradients(torch.autograd.Function):
-    """Gives a loss the gradients that were computed with it."""
+    """Gives a loss the K gradients that were computed with it, for the K students after them."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, grads: Tensor, *students: Tensor) -> Tensor:
-        ctx.save_for_backward(grads, *students)
+    def forward(ctx: Any, loss: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
         return loss
 
     @staticmethod
     @_once_differentiable("BMTARDLoss")
     def backward(ctx: Any, grad: Tensor) -> Any:
-        grads = ctx.saved_tensors[0]
+        saved = ctx.saved_tensors
+        grads = saved[: len(saved) // 2]
         # On the host the usual gradient of 1 costs a look instead of a pass over memory.
         if not grad.is_cpu or torch.compiler.is_compiling() or grad.item() != 1.0:
-            grads = grads * grad.to(grads.dtype)
-        return (None, None, *grads.unbind())
+            grads = [g * grad.to(g.dtype) for g in grads]
+        return (None, *(None,) * len(grads), *grads)
 
 
 # --- Contracts ------------------------------------------------------------------------------
@@ -726,10 +727,40 @@ def _check_companion(op: str, name: str, tensor: Tensor, logits: Tensor) -> None
         )
 
 
+def _alike(students: Any, teachers: Any) -> bool:
+    """Whether the logits keep the contract of :func:`_pair` as they are.
+
+    The usual case, of which it costs a few microseconds less to be sure than to look for faults.
+    """
+    if type(students) not in (list, tuple) or type(teachers) not in (list, tuple):
+        return False
+    if not (len(students) == len(teachers) and 1 <= len(students) <= MAX_TEACHERS):
+        return False
+    first = students[0]
+    if not isinstance(first, Tensor) or first.dtype not in _DTYPES:
+        return False
+    shape, dtype, device = first.shape, first.dtype, first.device
+    if not shape or shape[-1] == 0:
+        return False
+    for side in (students, teachers):
+        for x in side:
+            if not (
+                isinstance(x, Tensor)
+                and x.shape == shape
+                and x.dtype is dtype
+                and x.layout is torch.strided
+                and x.device == device
+            ):
+                return False
+    return True
+
+
 def _pair(
     op: str, student_logits: Tensor | Sequence[Tensor], teacher_logits: Tensor | Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Both sides as lists of 1 or K tensors of one shape, device and dtype."""
+    if _alike(student_logits, teacher_logits):
+        return list(student_logits), list(teacher_logits)
     sides: list[list[Tensor]] = []
     first, same_dtype = None, True
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
@@ -807,7 +838,11 @@ def _split(temperature: float | Tensor, dtype: torch.dtype) -> tuple[Tensor | No
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def _mark_overwritten(*tensors: Tensor) -> None:

@@ -147,19 +147,15 @@ Tensor empty(const std::array<int64_t, dims>& sizes, ScalarType type, const Tens
   return Tensor(handle);
 }
 
-// G tensors [N, C] in one, for those whose bit is set in `wanted`; pointers[k] is null otherwise.
-Tensor gradients(int64_t wanted, int64_t count, const Tensor& like, void** pointers) {
-  int64_t number = 0;
-  for (int64_t k = 0; k < count; ++k) number += wanted >> k & 1;
-  const int64_t rows = like.size(0), classes = like.size(1);
-  Tensor all = empty<3>({number, rows, classes}, like.scalar_type(), like);
-  char* next = static_cast<char*>(all.data_ptr());
-  const int64_t bytes = rows * classes * static_cast<int64_t>(like.element_size());
+// A tensor [N, C] for each bit that is set in `wanted`; pointers[k] is null for the others. Apart,
+// as one allocation of all would pass the size up to which an allocator keeps memory for reuse.
+Tensors gradients(int64_t wanted, int64_t count, const Tensor& like, void** pointers) {
+  Tensors all;
   for (int64_t k = 0; k < count; ++k) {
     pointers[k] = nullptr;
     if (wanted >> k & 1) {
-      pointers[k] = next;
-      next += bytes;
+      all.push_back(empty<2>({like.size(0), like.size(1)}, like.scalar_type(), like));
+      pointers[k] = all.back().data_ptr();
     }
   }
   return all;
@@ -353,7 +349,7 @@ std::tuple<Tensor, Tensor> multi_teacher_kl(const Tensors& student, const Tensor
   return {kl, statistics};
 }
 
-std::tuple<Tensor, Tensor, Tensor> multi_teacher_kl_backward(
+std::tuple<Tensors, Tensors, Tensor> multi_teacher_kl_backward(
     const Tensor& grad_kl, const Tensors& student, const Tensors& teacher,
     const std::optional<Tensor>& temperature, double temperature_value, double student_temperature,
     double eps, const Tensor& statistics, int64_t wants_students, int64_t wants_teachers,
@@ -380,9 +376,9 @@ std::tuple<Tensor, Tensor, Tensor> multi_teacher_kl_backward(
   args.coefficient_row_stride = grad_kl.stride(1);
   args.student_shared = student.size() == 1 && count > 1;
   args.teacher_shared = teacher.size() == 1 && count > 1;
-  Tensor grad_students =
+  Tensors grad_students =
       gradients(wants_students, static_cast<int64_t>(student.size()), first, args.grad_student);
-  Tensor grad_teachers =
+  Tensors grad_teachers =
       gradients(wants_teachers, static_cast<int64_t>(teacher.size()), first, args.grad_teacher);
   Tensor grad_temperature = empty<2>({wants_temperature ? count : 0, n}, type, first);
   args.grad_temperature = wants_temperature ? grad_temperature.data_ptr() : nullptr;
@@ -390,7 +386,7 @@ std::tuple<Tensor, Tensor, Tensor> multi_teacher_kl_backward(
   return {grad_students, grad_teachers, grad_temperature};
 }
 
-std::tuple<Tensor, Tensor> bmtard_loss(
+std::tuple<Tensor, Tensors> bmtard_loss(
     const Tensors& student, const Tensors& teacher, const Tensor& temperatures,
     const Tensor& weights, const Tensor& initial_losses, const Tensor& entropies,
     const Tensor& losses, const Tensor& temperature_lr, const Tensor& weight_lr, const Tensor& step,
@@ -431,7 +427,7 @@ std::tuple<Tensor, Tensor> bmtard_loss(
   args.max_iterations = static_cast<int32_t>(max_iterations);
   Tensor loss = empty<0>({}, accumulation_type(first), first);
   args.loss = loss.data_ptr();
-  Tensor grads =
+  Tensors grads =
       gradients(wants_grad ? (int64_t{1} << count) - 1 : 0, count, first, args.grad_student);
   const size_t bytes = BMTARD_WORKSPACE(bmtard_loss, first, args);
   const Tensor workspace = empty<1>({static_cast<int64_t>(bytes)}, ScalarType::Byte, first);
@@ -528,20 +524,20 @@ STABLE_TORCH_LIBRARY(bmtard, m) {
       "multi_teacher_kl(Tensor[] student_logits, Tensor[] teacher_logits, Tensor? temperature, "
       "float temperature_value, float student_temperature, float eps, bool with_statistics) "
       "-> (Tensor, Tensor)");
-  // wants_*: bit k for list entry k -> the wanted gradients [G, N, C], and by temperature [K, N]
+  // wants_*: bit k for list entry k -> the wanted gradients [N, C], and by temperature [K, N]
   m.def(
       "multi_teacher_kl_backward(Tensor grad_kl, Tensor[] student_logits, "
       "Tensor[] teacher_logits, Tensor? temperature, float temperature_value, "
       "float student_temperature, float eps, Tensor statistics, int wants_students, "
-      "int wants_teachers, bool wants_temperature) -> (Tensor, Tensor, Tensor)");
-  // State float64 [K] and []; step int64 [], status int32 [] -> loss acc [], gradients [K, N, C]
+      "int wants_teachers, bool wants_temperature) -> (Tensor[], Tensor[], Tensor)");
+  // State float64 [K] and []; step int64 [], status int32 [] -> loss acc [], K gradients [N, C]
   m.def(
       "bmtard_loss(Tensor[] student_logits, Tensor[] teacher_logits, Tensor(a!) temperatures, "
       "Tensor(b!) weights, Tensor(c!) initial_losses, Tensor(d!) entropies, Tensor(e!) losses, "
       "Tensor temperature_lr, Tensor weight_lr, Tensor(f!) step, Tensor(g!) status, bool update, "
       "bool sign, float low, float high, float temperature_momentum, float loss_exponent, "
       "float student_temperature, float eps, float scale, float tolerance, int max_iterations, "
-      "bool wants_grad) -> (Tensor, Tensor)");
+      "bool wants_grad) -> (Tensor, Tensor[])");
   // x_adv, grad, x [N, ...] in pixel units
   m.def(
       "pgd_step_(Tensor(a!) x_adv, Tensor grad, Tensor x, float step_size, float epsilon, "
