@@ -107,6 +107,50 @@ def test_forward_and_backward(c, dtype, eps):
 
 
 @pytest.mark.parametrize("dtype", h.DTYPES)
+@pytest.mark.parametrize("c", [1, 10, 32, 33, 512, 513, 1024, 1025, 3000, 9001])
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_gradients_with_the_forward_pass(c, dtype, eps):
+    """Those of the backward pass, in one launch and without a second read."""
+    k, n = 2, 3
+    for extra, shift, cluster in [(0, 0, 1), (3, 1, 4)]:
+        students = [
+            h.place(h.draw(i, n, c, dtype), dtype, extra=extra, shift=shift) for i in range(k)
+        ]
+        teachers = [
+            h.place(h.draw(9 + i, n, c, dtype), dtype, extra=extra, shift=shift) for i in range(k)
+        ]
+        temperature = np.array([1.5, 3.0])
+        coefficient = np.linspace(-1, 2, k * n).reshape(n, k).astype(h.real(dtype)).T
+        h.simt().configure(seed=2, max_cluster=cluster, max_shared_bytes=1 << 16)
+        kl, statistics = forward(students, teachers, temperature, dtype, eps)
+        want = backward(
+            students, teachers, temperature, dtype, eps, statistics, coefficient, shift=shift,
+            wants=(True, False, False),
+        )[0]  # fmt: skip
+        out = h.Outputs()
+        again = out.new((k, n), h.real(dtype))
+        got = [out.new((n, c), dtype, shift=shift) for _ in range(k)]
+        h.simt().take_counters()
+        h.simt().multi_teacher_kl(
+            students=students,
+            teachers=teachers,
+            temperature=temperature,
+            student_temperature=STUDENT_TEMPERATURE,
+            eps=eps,
+            kl=again,
+            statistics=None,
+            coefficient=coefficient,
+            grad_students=got,
+        )
+        out.check()
+        assert h.simt().take_counters()["launches"] == 1
+        tolerance = 4 * h.EPS[h.computed(dtype)]  # clusters of another size add in another order
+        np.testing.assert_allclose(again, kl, rtol=tolerance, atol=8 * tolerance)
+        for a, b in zip(got, want, strict=True):
+            h.assert_close(a, h.decode(b), dtype)
+
+
+@pytest.mark.parametrize("dtype", h.DTYPES)
 @pytest.mark.parametrize("c", [10, 33, 1000, 1100])
 @pytest.mark.parametrize("shared", [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("extra", [0, 16])
