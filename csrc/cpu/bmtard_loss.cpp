@@ -1,7 +1,6 @@
 // The whole balanced loss: temperatures, KLs, weights, loss, gradients, state.
-#include <type_traits>
-
 #include "../core/balance.h"
+#include "loss_workspace.h"
 #include "teacher_kl.h"
 #include "temperature_search.h"
 
@@ -19,11 +18,13 @@ struct RowNorms {
 template <typename scalar>
 struct Workspace {
   using real = acc_t<scalar>;
-  double* parts;          // [3, N]
-  double* kl;             // [K, N]
-  double* entropy;        // [K, N]
-  real* max;              // [K, N], of the teachers
-  RowNorms<real>* norms;  // [K, N], where the gradients are of half type
+  double* parts;    // [3, N]
+  double* kl;       // [K, N]
+  double* entropy;  // [K, N]
+  real* max;        // [K, N], of the teachers
+  // As gradient_pass() says.
+  real* difference;       // [K, N, C], q - p but for the weight
+  RowNorms<real>* norms;  // [K, N]
 
   explicit Workspace(const BMTARDLossArgs& args) {
     const int64_t rows = args.rows, all = args.teachers * args.rows;
@@ -31,6 +32,7 @@ struct Workspace {
     kl = parts + 3 * rows;
     entropy = kl + all;
     max = reinterpret_cast<real*>(entropy + all);
+    difference = max + all;
     norms = reinterpret_cast<RowNorms<real>*>(max + all);
   }
 };
@@ -77,7 +79,6 @@ template <bool has_eps, typename scalar>
 void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
   using real = acc_t<scalar>;
   using V = Vec<real>;
-  constexpr bool is_half = !std::is_same<scalar, real>::value;
   const Workspace<scalar> work(args);
   const BalanceState& state = args.state;
   const int32_t teachers = args.teachers;
@@ -101,10 +102,13 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
   const auto gradient_of = [&](int32_t k, int64_t r) {
     return static_cast<scalar*>(args.grad_student[k]) + r * classes;
   };
-  // The gradient but for the weight, which depends on all rows. A half type could not hold it:
-  // its gradients are computed again below, from the logits.
-  const auto difference_of = [&](int32_t k, int64_t r) {
-    return is_half || !wants_grad ? nullptr : reinterpret_cast<real*>(gradient_of(k, r));
+  // The gradient but for the weight, which depends on all rows.
+  const GradientPass pass = gradient_pass(args);
+  const bool keeps_norms = wants_grad && pass == GradientPass::kFromLogits;
+  const auto difference_of = [&](int32_t k, int64_t r) -> real* {
+    if (!wants_grad || keeps_norms) return nullptr;
+    if (pass == GradientPass::kFromFloat) return work.difference + (k * rows + r) * classes;
+    return reinterpret_cast<real*>(gradient_of(k, r));
   };
   // The published entropies, of mode "sign", have eps inside the logarithm too.
   const bool published = args.mode == BalanceMode::kSign;
@@ -117,7 +121,7 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
       const int64_t at = k * rows + r;
       work.kl[at] = found.kl;
       work.entropy[at] = published ? found.entropy_eps : found.entropy;
-      if (is_half && wants_grad) {
+      if (keeps_norms) {
         work.norms[at] = {found.student_max, found.student_norm, found.teacher_max,
                           found.teacher_norm};
       }
@@ -135,7 +139,7 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
         const int64_t at = k * rows + r + i;
         work.kl[at] = found.kl.v[i];
         work.entropy[at] = entropy.v[i];
-        if (is_half && wants_grad) {
+        if (keeps_norms) {
           work.norms[at] = {found.student_max.v[i], found.student_norm.v[i], found.teacher_max.v[i],
                             found.teacher_norm.v[i]};
         }
@@ -206,7 +210,7 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
   *static_cast<real*>(args.loss) = static_cast<real>(total);
 
   if (!wants_grad) return;
-  if constexpr (is_half) {
+  if (keeps_norms) {
     for_all(2 * classes, [&](int32_t k, int64_t begin, int64_t end) {
       const V weight = static_cast<real>(weights[k] * args.scale / args.student_temperature);
       for (int64_t r = begin; r < end; ++r) {
@@ -223,16 +227,16 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
         }
       }
     });
-  } else {
-    // Rows lie one after the other here, so a thread's part is one long row.
-    for_all(classes / 8, [&](int32_t k, int64_t begin, int64_t end) {
-      const V weight = static_cast<real>(weights[k]);
-      real* gradient = gradient_of(k, begin);
-      const int64_t count = (end - begin) * classes;
-      for_row(gradient, count, real(0),
-              [&](V d, int64_t j) { store_at(gradient, j, count, d * weight); });
-    });
+    return;
   }
+  // Rows lie one after the other here, so a thread's part is one long row. Memory is all it costs.
+  for_all(classes / 8, [&](int32_t k, int64_t begin, int64_t end) {
+    const V weight = static_cast<real>(weights[k]);
+    scalar* gradient = gradient_of(k, begin);
+    const int64_t count = (end - begin) * classes;
+    for_row(difference_of(k, begin), count, real(0),
+            [&](V d, int64_t j) { store_at(gradient, j, count, d * weight); });
+  });
 }
 
 }  // namespace

@@ -143,7 +143,7 @@ BMTARD_HD Sums<double> row_sums(const scalar* row, int64_t count, acc_t<scalar> 
 // --- Few classes: as many rows at once as a vector has lanes ----------------------------------
 
 // Up to here the columns of `size` rows stay in L1 and save every horizontal sum.
-constexpr int64_t kMaxColumns = 32;
+constexpr int64_t kMaxColumns = 128;
 
 // Columns of n <= Vec::size rows: value j of row i at [j * size + i]. Missing rows are 0.
 template <typename scalar>

@@ -236,6 +236,26 @@ BMTARD_HD Vec<double> load(const double* p) {
 BMTARD_HD void store(float* p, Vec<float> x) { std::memcpy(p, &x.v, sizeof(x.v)); }
 BMTARD_HD void store(double* p, Vec<double> x) { std::memcpy(p, &x.v, sizeof(x.v)); }
 
+// bfloat16 is the upper half of a float, rounded to nearest, ties to even; a NaN keeps its upper
+// half and stays quiet.
+#if defined(__AVX512F__)
+BMTARD_HD Vec<float> load(const BFloat16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (Vec<float>::native)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+}
+BMTARD_HD __m256i rounded(Vec<float> x) {
+  const __m512i bits = (__m512i)x.v;
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)x.v, (__m512)x.v, _CMP_UNORD_Q);
+  __m512i up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  up = _mm512_mask_add_epi32(up, odd, bits, _mm512_set1_epi32(0x8000));
+  up = _mm512_mask_or_epi32(up, is_nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+}
+BMTARD_HD void store(BFloat16* p, Vec<float> x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded(x));
+}
+#else
 typedef uint16_t HalfBits __attribute__((vector_size(kVecBytes / 2)));
 typedef uint32_t WordBits __attribute__((vector_size(kVecBytes)));
 
@@ -250,15 +270,12 @@ BMTARD_HD Vec<float> load(const BFloat16* p) {
 BMTARD_HD void store(BFloat16* p, Vec<float> x) {
   WordBits w;
   std::memcpy(&w, &x.v, sizeof(w));
-  // To nearest, ties to even; a NaN keeps its upper half and stays quiet.
-  const WordBits rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-  const WordBits quiet = (w >> 16) | 0x40;
-  WordBits is_nan;
-  const auto unordered = x.v != x.v;
-  std::memcpy(&is_nan, &unordered, sizeof(is_nan));
-  const HalfBits h = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), HalfBits);
+  const WordBits up = w + 0x7fff + ((w >> 16) & 1);
+  const auto is_nan = x.v != x.v;
+  const HalfBits h = __builtin_convertvector((is_nan ? w | 0x400000 : up) >> 16, HalfBits);
   std::memcpy(p, &h, sizeof(h));
 }
+#endif
 
 #if defined(__AVX512F__)
 BMTARD_HD Vec<float> load(const Float16* p) {
@@ -370,6 +387,9 @@ BMTARD_HD Vec<float> load_partial(const BFloat16* p, int n, float fill) {
 BMTARD_HD Vec<float> load_partial(const Float16* p, int n, float fill) {
   return (Vec<float>::native)_mm512_mask_cvtph_ps(_mm512_set1_ps(fill), first_lanes(n),
                                                   _mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+BMTARD_HD void store_partial(BFloat16* p, int n, Vec<float> x) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), rounded(x));
 }
 BMTARD_HD void store_partial(Float16* p, int n, Vec<float> x) {
   _mm256_mask_storeu_epi16(p, first_lanes(n),
