@@ -634,7 +634,7 @@ def main(arguments: list[str]) -> int:
     table = budgets(README.read_text())
     build()
     library = BUILD / "_C.so"
-    problems = list(check_binary(library, table))
+    problems = list(dict.fromkeys(check_binary(library, table)))  # instantiations say the same
     for problem in problems:
         print(f"cuda-check: {problem}", file=sys.stderr)
     check_beside_torch(library)

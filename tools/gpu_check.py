@@ -217,8 +217,9 @@ def run_step(step: Step, seconds: float) -> dict[str, Any]:
 def run_part(part: str, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     steps = steps_of(part, folder)
-    for step in steps:
-        results[step.name] = run_step(step, PART_SECONDS / len(steps))
+    end = time.monotonic() + PART_SECONDS
+    for i, step in enumerate(steps):
+        results[step.name] = run_step(step, (end - time.monotonic()) / (len(steps) - i))
     return results
 
 
