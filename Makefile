@@ -15,6 +15,8 @@ INSTALL := env BMTARD_CUDA_ARCHS="$(ARCHS)" BMTARD_BUILD_TESTS=1 $(BIN)/pip inst
 # A CUDA build of torch, for make cuda-check.
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch==2.11.0
+# A GPU host may have its own Python with torch, and no network.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .PHONY: help venv demo test cuda-check gpu lint format wheel test-wheel bench clean
 
@@ -29,10 +31,10 @@ demo: venv  ## train B-MTARD and its baselines on the bundled digits
 test: venv  ## all tests that this machine can run
 	BMTARD_REQUIRE_NATIVE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
-cuda-check: $(CUDA_VENV)/installed  ## compile the CUDA kernels and check their machine code; needs nvcc, no GPU
+cuda-check: $(CUDA_VENV)/installed  ## compile the CUDA kernels, check their machine code; no GPU needed
 	$(CUDA_VENV)/bin/python tools/cuda_check.py
 
-gpu:  ## on a GPU: tests, compute-sanitizer, CUDA graphs, benchmarks; GPU_ARGS="--part tests" runs a part
+gpu:  ## on a GPU: tests, compute-sanitizer, CUDA graphs, benchmarks
 	$(GPU_PYTHON) tools/gpu_check.py $(GPU_ARGS)
 
 lint: venv  ## check style and types; changes nothing
