@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from datetime import date
 from pathlib import Path
@@ -168,6 +169,13 @@ def test_commands(tool):
         assert env["BMTARD_REQUIRE_CUDA"] == env["BMTARD_REQUIRE_NATIVE"] == "1"
         cached = "PYTORCH_NO_CUDA_MEMORY_CACHING" not in env
         assert cached == ("--tool" not in arguments)
+
+
+def test_no_device_test_is_left_out():
+    for folder in ("training", "simt"):
+        for path in (ROOT / "tests" / folder).glob("test_*.py"):
+            assert "def test" in path.read_text()
+            assert not re.search(r"def test\w*\([^)]*\bdevice\b|mark\.cuda", path.read_text()), path
 
 
 def test_a_failure_does_not_lose_the_others(tool, capsys):

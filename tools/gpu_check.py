@@ -143,6 +143,8 @@ def probe() -> dict[str, Any]:
 
 def steps_of(part: str, folder: Path) -> list[Step]:
     pytest = [PYTHON, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"]
+    # No test of a device is in these; they need packages that a GPU host may lack.
+    pytest += ["--ignore=tests/training", "--ignore=tests/simt"]
     if part == "tests":
         parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
         return [Step("tests", [*pytest, *parallel, "-k", "not graph"])]
