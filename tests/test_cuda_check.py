@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import stat
 import subprocess
 import sys
@@ -117,8 +118,6 @@ def test_missing_table_is_named():
 
 def test_every_kernel_of_the_sources_has_a_budget():
     """What `make cuda-check` finds out by compiling, without nvcc."""
-    import re
-
     sources = "".join(path.read_text() for path in ROOT.glob("csrc/cuda/*.cu*"))
     kernels = set(re.findall(r"BMTARD_KERNEL\([^\n]*\)\s*(\w+)\(", sources))
     assert kernels
@@ -278,6 +277,50 @@ def test_launch_bounds_are_read():
 .minnctapersm 1
 """
     assert check.threads_of_kernels(ptx) == {"bounded": 128}
+
+
+# --- Everything together -------------------------------------------------------------------
+
+
+@pytest.fixture
+def found(capsys):
+    """Problems of the listing of snippets, with parts of the input changed."""
+    listing = (SNIPPETS / "snippets.sass").read_text().splitlines()
+    usages = check.read_ptxas((SNIPPETS / "snippets.ptxas").read_text())
+    names = {check.kernel_of(name).name: name for name, _ in usages}
+    # The very rows that the check proposes.
+    threads = dict.fromkeys(names.values(), 256)
+    rows = [
+        message.split("measured: ")[1]
+        for message in check.check_kernels(listing, usages, threads, {}, ["90"])
+    ]
+    printed = capsys.readouterr().out
+    assert "wide_kernel" in printed
+    assert "30 (-)" in printed
+
+    def problems(listing=listing, wanted=("90",), lacks=(), unbounded=(), extra=""):
+        table = check.budgets("## Budgets\n" + "\n".join(rows) + extra)
+        reports = {key: usage for key, usage in usages.items() if key[0] not in lacks}
+        bounds = {name: 256 for name in threads if name not in unbounded}
+        return list(check.check_kernels(listing, reports, bounds, table, list(wanted)))
+
+    problems.names = names
+    return problems
+
+
+def test_rows_that_it_proposes_are_kept(found):
+    """All but local memory, which no budget allows."""
+    assert {message.split("<")[0] for message in found()} == {"local_kernel", "spilling_kernel"}
+
+
+def test_what_is_missing_is_named(found):
+    wide = found.names["wide_kernel"]
+    assert "wide_kernel<float> is not compiled for 100" in found(wanted=("90", "100"))
+    assert any("no report of ptxas" in message for message in found(lacks=[wide]))
+    assert "wide_kernel<float>: no __launch_bounds__" in found(unbounded=[wide])
+    gone = "\n| `gone_kernel` | 8 (8) | - | 0/0 0/0 0/0 |"
+    assert "gone_kernel has a budget, but is not compiled" in found(extra=gone)
+    assert found(listing=[])[-1] == "the library has no kernels"
 
 
 # --- The program ---------------------------------------------------------------------------

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from datetime import date
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -262,10 +264,6 @@ def test_a_device_that_cannot_be_used_is_named(tool):
 
 def test_probe_says_what_is_missing_here(tool):
     """The probe itself, on a machine that cannot pass it."""
-    import subprocess
-
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     done = subprocess.run(

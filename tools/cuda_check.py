@@ -451,7 +451,7 @@ def threads_of_kernels(ptx: str) -> dict[str, int]:
 
 
 def check_binary(library: Path, table: dict[str, Budget]) -> Iterator[str]:
-    """Problems of all kernels of the library; prints what it found of each."""
+    """Problems of the kernels of the library that was built in BUILD."""
     usages: dict[tuple[str, str], Usage] = {}
     for report in sorted(BUILD.glob(f"CMakeFiles/bmtard_ops.dir/**/*{REPORT}")):
         if report.with_suffix("").is_file():
@@ -460,12 +460,22 @@ def check_binary(library: Path, table: dict[str, Budget]) -> Iterator[str]:
         [tool("cuobjdump"), "--dump-ptx", library], capture_output=True, text=True, check=True
     ).stdout
     threads = threads_of_kernels(ptx)
-    wanted = wanted_architectures()
-    seen: set[tuple[str, str]] = set()
+    yield from check_kernels(disassembly(library), usages, threads, table, wanted_architectures())
+
+
+def check_kernels(
+    listing: Iterable[str],
+    usages: dict[tuple[str, str], Usage],
+    threads: dict[str, int],
+    table: dict[str, Budget],
+    wanted: list[str],
+) -> Iterator[str]:
+    """Problems of all kernels of a listing; prints what it found of each."""
+    seen: dict[str, set[str]] = {}  # mangled name -> architectures
     lines: dict[str, Line] = {}
-    for mangled, arch, code in functions(disassembly(library)):
+    for mangled, arch, code in functions(listing):
         kernel = kernel_of(mangled)
-        seen.add((mangled, arch))
+        seen.setdefault(mangled, set()).add(arch)
         if (mangled, arch) not in usages:
             yield f"{kernel} on sm_{arch}: no report of ptxas: remove {BUILD} and try again"
         elif mangled not in threads:
@@ -479,13 +489,13 @@ def check_binary(library: Path, table: dict[str, Budget]) -> Iterator[str]:
     print_table(lines, table)
     for name in sorted(lines.keys() - table.keys()):
         yield f"{name} has no budget in csrc/cuda/README.md; measured: {lines[name].row(name)}"
-    yield from (f"{name} has a budget, but is not compiled" for name in table.keys() - lines.keys())
-    for mangled in sorted({name for name, _ in seen}):
-        missing = [arch for arch in wanted if (mangled, arch) not in seen]
-        if missing:
+    compiled = {kernel_of(mangled).name for mangled in seen}
+    yield from (f"{name} has a budget, but is not compiled" for name in table.keys() - compiled)
+    for mangled, archs in seen.items():
+        if missing := [arch for arch in wanted if arch not in archs]:
             yield f"{kernel_of(mangled)} is not compiled for {', '.join(missing)}"
     if not seen:
-        yield f"{library} has no kernels"
+        yield "the library has no kernels"
 
 
 @dataclass
@@ -522,7 +532,7 @@ class Line:
 
 def print_table(lines: dict[str, Line], table: dict[str, Budget]) -> None:
     print("\nThe most of each kernel over dtypes, shapes and architectures (budget):")
-    header = ("kernel", "compiled", "threads", "registers", "double", "shared", "wide ld/st")
+    header = ("kernel", "compiled", "threads", "registers", "double", "static", "wide ld/st")
     print("{:34}{:>9}{:>9}{:>12}{:>12}{:>8}{:>12}  others".format(*header))
     for name, line in sorted(lines.items()):
         budget = table.get(name)

@@ -225,7 +225,7 @@ def run_part(part: str, folder: Path) -> dict[str, Any]:
     return results
 
 
-def fastest_figures(bench: dict[str, Any]) -> list[list[str]]:
+def largest_figures(bench: dict[str, Any]) -> list[list[str]]:
     """Of each op, dtype and pass, bmtard at the most bytes."""
     most: dict[tuple[str, ...], dict[str, Any]] = {}
     for record in bench.get("records", []):
@@ -272,7 +272,7 @@ def page(result: dict[str, Any], plots: Sequence[str]) -> str:
         table(["", ""], [[name, value.replace("|", "/")] for name, value in facts.items()]),
         table(["Part", "Step", "Result", "Seconds", "Last line"], rows),
     ]
-    if figures := fastest_figures(result.get("bench") or {}):
+    if figures := largest_figures(result.get("bench") or {}):
         header = ["Op", "Shape", "Dtype", "Pass", "Measure", "us", "Of copy bandwidth"]
         parts += ["bmtard at the most bytes of each op:", table(header, figures)]
     parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]
