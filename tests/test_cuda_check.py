@@ -72,6 +72,7 @@ PREFIX = "_ZN6bmtard4cuda51_GLOBAL__N__489e839c_18_softmax_entropy_cu_f800e2a4"
         ("INS0_5ShapeIdLi8ELi128ELi4EEEEE", "double", 16),
         ("INS0_5ShapeIfLi32ELi256ELi32EEEEE", "float", 16),
         ("INS0_5ShapeINS_7Float16ELi8ELi256ELi4EEEEE", "half", 8),  # four values of two bytes
+        ("INS0_5ShapeINS_8BFloat16ELi8ELi256ELi4ELb0EEEEE", "half", 8),
         ("INS0_5ShapeINS_8BFloat16ELi256ELi256ELi0EEEEE", "half", 16),  # 0: any number
         ("IfLi2EE", "float", 16),
         ("INS_8BFloat16EE", "half", 16),
