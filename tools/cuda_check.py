@@ -430,7 +430,8 @@ def build() -> None:
     }
     defines = [f"-D{name}={value}" for name, value in options.items()]
     run("cmake", "-G", "Ninja", "-S", ROOT, "-B", BUILD, *defines, **env)
-    run("cmake", "--build", BUILD, **env)
+    jobs = ["--parallel", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+    run("cmake", "--build", BUILD, *jobs, **env)
 
 
 def disassembly(library: Path) -> Iterator[str]:
