@@ -258,6 +258,10 @@ def test_opposite_predicates_exclude_each_other():
     assert listing(both.format("")).others["load"] == 1
 
 
+def test_shared_memory_of_another_block_is_no_row():
+    assert listing("LD.E R4, desc[UR6][R6.64]\nST.E [R6.64], R4\nEXIT") == check.Accesses()
+
+
 def test_unknown_jump_is_an_error():
     with pytest.raises(ValueError, match="cannot follow BRX at 0x0"):
         listing("BRX R2 -0x10\nEXIT")

@@ -170,7 +170,8 @@ class Accesses:
 
 
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
-_MEMORY = {"LDG": "load", "LD": "load", "LDGSTS": "load", "STG": "store", "ST": "store"}
+# LD and ST, of any memory, are how a block of a cluster reads another one's shared memory.
+_MEMORY = {"LDG": "load", "LDGSTS": "load", "STG": "store"}
 
 
 def functions(listing: Iterable[str]) -> Iterator[tuple[str, str, list[Instruction]]]:
