@@ -437,7 +437,7 @@ def bmtard_loss(
     )  # fmt: skip
     if update:
         _mark_overwritten(*state[:5], state.step, state.status)
-    return _AttachGradients.apply(loss, *grads, *students) if wants_grad else loss
+    return _AttachGradients.apply(loss, grads, *students) if wants_grad else loss
 
 
 def balanced_pairs(
@@ -644,22 +644,21 @@ class _MultiTeacherKL(torch.autograd.Function):
 
 
 class _AttachGradients(torch.autograd.Function):
-    """Gives a loss the K gradients that were computed with it, for the K students after them."""
+    """Gives a loss the gradients that were computed with it."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
+    def forward(ctx: Any, loss: Tensor, grads: Tensor, *students: Tensor) -> Tensor:
+        ctx.save_for_backward(grads, *students)
         return loss
 
     @staticmethod
     @_once_differentiable("BMTARDLoss")
     def backward(ctx: Any, grad: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        grads = saved[: len(saved) // 2]
+        grads = ctx.saved_tensors[0]
         # On the host the usual gradient of 1 costs a look instead of a pass over memory.
         if not grad.is_cpu or torch.compiler.is_compiling() or grad.item() != 1.0:
-            grads = [g * grad.to(g.dtype) for g in grads]
-        return (None, *(None,) * len(grads), *grads)
+            grads = grads * grad.to(grads.dtype)
+        return (None, None, *grads.unbind())
 
 
 # --- Contracts ------------------------------------------------------------------------------
