@@ -80,7 +80,7 @@ def _(students, teachers, *rest):
     acc = accumulation_dtype(students[0].dtype)
     return (
         students[0].new_empty((), dtype=acc),
-        [students[0].new_empty((n, c)) for _ in students if wants_grad],
+        students[0].new_empty((len(students) if wants_grad else 0, n, c)),
     )
 
 

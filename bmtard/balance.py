@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ from bmtard import ops, reference
 from bmtard.types import BalanceState, BalanceStatus, SearchStatus
 
 _MODES = ("bisect", "sign")
-_STATE: Any = operator.itemgetter(*BalanceState._fields)
 
 
 class _Balance(nn.Module):
@@ -297,7 +295,8 @@ class BMTARDLoss(_Balance):
     def state(self) -> BalanceState:
         """The buffers that a step reads and writes, not copies of them."""
         # Past nn.Module's attribute look-up, which takes half a microsecond for each.
-        return BalanceState(*_STATE(self._buffers))
+        buffers: Any = self._buffers
+        return BalanceState(*[buffers[name] for name in BalanceState._fields])
 
     def forward(self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor]) -> Tensor:
         averages = self.process_group is not None and self.training

@@ -271,6 +271,13 @@ def multi_teacher_kl(
             )
 
     dtype = accumulation_dtype(first.dtype)
+    divisor = None  # of the sum over the rows; None: no sum
+    if reduction != "none":
+        classes = first.shape[-1]
+        rows = first.numel() // classes
+        divisor = {"sum": 1, "batchmean": rows, "mean": rows * classes}[reduction]
+    # Without weights in between, the sum needs no node of its own in the graph.
+    inner = divisor if sample_weight is None else None
     if not use_native(first):
         kl = reference.multi_teacher_kl(
             students if len(students) == count else students * count,
@@ -279,21 +286,20 @@ def multi_teacher_kl(
             student_temperature=student_temperature,
             eps=eps,
         )
+        if inner is not None:
+            kl = _reduced(kl.flatten(1), inner)
     else:
         tensor, value = _split(temperature, torch.float64)
         wants_grad = _wants_grad(tensor, *students, *teachers)
-        rows = math.prod(rows_shape)
         if (
             wants_grad
             and weight is not None
-            and reduction != "none"
-            and rows > 0
+            and divisor
             and len(students) == count
             and all(s.requires_grad for s in students)
             and not _wants_grad(tensor, weight, sample_weight, *teachers)
         ):
             # All that the gradients need is known already: they come from the same launch.
-            divisor = {"sum": 1, "batchmean": rows, "mean": rows * first.shape[-1]}[reduction]
             coefficient = weight.to(dtype) / divisor
             if scale_by_temperature:
                 coefficient = coefficient * (temperature * temperature)
@@ -308,24 +314,23 @@ def multi_teacher_kl(
             return _AttachGradients.apply(op, loss, *grads, *(_rows(s) for s in students))
         if wants_grad:
             kl = _MultiTeacherKL.apply(
-                tensor, value, student_temperature, eps, len(students), *students, *teachers
-            )
+                tensor, value, student_temperature, eps, len(students), inner,
+                *students, *teachers,
+            )  # fmt: skip
         else:
             kl = _native.multi_teacher_kl(
                 [_rows(s) for s in students], [_rows(t) for t in teachers],
                 tensor, value, student_temperature, eps, False,
             )[0]  # fmt: skip
-            kl = kl if first.dim() == 2 else kl.view(count, *rows_shape)
+            if inner is not None:
+                kl = _reduced(kl, inner)
+            elif first.dim() != 2:
+                kl = kl.view(count, *rows_shape)
 
     if sample_weight is not None:
         kl = kl * sample_weight.to(dtype)
-    if reduction != "none":
-        classes = first.shape[-1]
-        rows = first.numel() // classes
-        kl = kl.flatten(1).sum(1)
-        if reduction != "sum":
-            # No rows: 0 / 0 = NaN, the mean of nothing.
-            kl = kl / (rows * classes if reduction == "mean" else rows)
+        if divisor is not None:
+            kl = _reduced(kl.flatten(1), divisor)
     if scale_by_temperature:
         squared = temperature * temperature
         if isinstance(squared, Tensor):
@@ -375,17 +380,19 @@ def pgd_step_(
     Source: Madry et al., ICLR 2018. Arithmetic is float32 for half types, rounded once at the end.
     """
     op = "pgd_step_"
-    for name, tensor in (("x_adv", x_adv), ("grad", grad), ("x", x)):
-        _check_floating(op, name, tensor)
-        if tensor.shape != x_adv.shape or tensor.dim() == 0:
-            raise ValueError(
-                f"{op}: {name} must have the shape of x_adv, [N, ...], here "
-                f"{list(x_adv.shape)}, got {list(tensor.shape)}"
-            )
-        if tensor.device != x_adv.device:
-            raise ValueError(
-                f"{op}: {name} must be on the device of x_adv, {x_adv.device}, got {tensor.device}"
-            )
+    if not _same_kind(x_adv, (x_adv, grad, x)) or x_adv.dim() == 0:
+        for name, tensor in (("x_adv", x_adv), ("grad", grad), ("x", x)):
+            _check_floating(op, name, tensor)
+            if tensor.shape != x_adv.shape or tensor.dim() == 0:
+                raise ValueError(
+                    f"{op}: {name} must have the shape of x_adv, [N, ...], here "
+                    f"{list(x_adv.shape)}, got {list(tensor.shape)}"
+                )
+            if tensor.device != x_adv.device:
+                raise ValueError(
+                    f"{op}: {name} must be on the device of x_adv, {x_adv.device}, "
+                    f"got {tensor.device}"
+                )
     if x_adv.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{op}: x_adv requires grad, so it cannot be overwritten here; "
@@ -400,16 +407,16 @@ def pgd_step_(
     if norm not in ("linf", "l2"):
         raise ValueError(f"{op}: norm must be 'linf' or 'l2', got {norm!r}")
 
-    grad, x = grad.detach(), x.detach()
+    if torch.is_grad_enabled():
+        grad, x = grad.detach(), x.detach()
     if not use_native(x_adv):
         return reference.pgd_step_(
             x_adv, grad, x,
             step_size=step_size, epsilon=epsilon, low=low, high=high, norm=norm,
         )  # fmt: skip
-    _native.pgd_step_(
-        x_adv, grad.to(x_adv.dtype), x.to(x_adv.dtype),
-        step_size, epsilon, low, high, norm == "l2",
-    )  # fmt: skip
+    if not grad.dtype == x.dtype == x_adv.dtype:
+        grad, x = grad.to(x_adv.dtype), x.to(x_adv.dtype)
+    _native.pgd_step_(x_adv, grad, x, step_size, epsilon, low, high, norm == "l2")
     _mark_overwritten(x_adv)
     return x_adv
 
@@ -455,7 +462,7 @@ def bmtard_loss(
         _mark_overwritten(*state[:5], state.step, state.status)
     if not wants_grad:
         return loss
-    return _AttachGradients.apply("BMTARDLoss", loss, *grads, *students)
+    return _AttachGradients.apply("BMTARDLoss", loss, *grads.unbind(), *students)
 
 
 def balanced_pairs(
@@ -617,6 +624,7 @@ class _MultiTeacherKL(torch.autograd.Function):
         student_temperature: float,
         eps: float,
         num_students: int,
+        divisor: int | None,
         *logits: Tensor,
     ) -> Tensor:
         rows = [_rows(x) for x in logits]
@@ -625,19 +633,26 @@ class _MultiTeacherKL(torch.autograd.Function):
             temperature, value, student_temperature, eps, True,
         )  # fmt: skip
         ctx.options = (value, student_temperature, eps)
-        ctx.num_students = num_students
+        ctx.num_students, ctx.divisor = num_students, divisor
         ctx.save_for_backward(temperature, statistics, *logits)
+        if divisor is not None:
+            return _reduced(kl, divisor)
         return kl if logits[0].dim() == 2 else kl.view(kl.shape[0], *logits[0].shape[:-1])
 
     @staticmethod
     @_once_differentiable("multi_teacher_kl")
     def backward(ctx: Any, grad: Tensor) -> Any:
         temperature, statistics, *logits = ctx.saved_tensors
-        wants_temperature, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        wants_temperature, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         n = ctx.num_students
         rows = [_rows(x) for x in logits]
+        if ctx.divisor is None:
+            grad = grad.flatten(1)
+        else:
+            grad = grad if ctx.divisor == 1 else grad / ctx.divisor
+            grad = grad.unsqueeze(1).expand(-1, rows[0].shape[0])
         grad_students, grad_teachers, grad_temperature = _native.multi_teacher_kl_backward(
-            grad.flatten(1), rows[:n], rows[n:], temperature, *ctx.options, statistics,
+            grad, rows[:n], rows[n:], temperature, *ctx.options, statistics,
             _mask(wants[:n]), _mask(wants[n:]), wants_temperature,
         )  # fmt: skip
         computed = iter([*grad_students, *grad_teachers])
@@ -651,11 +666,11 @@ class _MultiTeacherKL(torch.autograd.Function):
             grad_temperature = grad_temperature.sum(1).to(temperature.dtype)
             if temperature.dim() == 0:
                 grad_temperature = grad_temperature.sum()
-        return (grad_temperature, None, None, None, None, *grad_logits)
+        return (grad_temperature, None, None, None, None, None, *grad_logits)
 
 
 class _AttachGradients(torch.autograd.Function):
-    """Gives a loss the K gradients that were computed with it, for the K students after them."""
+    """Gives a loss the gradients that were computed with it, as many as the students after them."""
 
     @staticmethod
     def forward(ctx: Any, op: str, loss: Tensor, *tensors: Tensor) -> Tensor:
@@ -775,24 +790,34 @@ def _alike(students: Any, teachers: Any) -> bool:
     """
     if type(students) not in (list, tuple) or type(teachers) not in (list, tuple):
         return False
-    if not (len(students) == len(teachers) and 1 <= len(students) <= MAX_TEACHERS):
+    counts = (len(students), len(teachers))
+    if min(counts) < 1 or max(counts) > MAX_TEACHERS:
+        return False
+    if counts[0] != counts[1] and 1 not in counts:
         return False
     first = students[0]
+    return (
+        _same_kind(first, students)
+        and _same_kind(first, teachers)
+        and first.dim() > 0
+        and first.shape[-1] > 0
+    )
+
+
+def _same_kind(first: Any, tensors: Sequence[Any]) -> bool:
+    """Whether ``tensors`` are what the kernels take, and alike in shape, dtype and device."""
     if not isinstance(first, Tensor) or first.dtype not in _DTYPES:
         return False
     shape, dtype, device = first.shape, first.dtype, first.device
-    if not shape or shape[-1] == 0:
-        return False
-    for side in (students, teachers):
-        for x in side:
-            if not (
-                isinstance(x, Tensor)
-                and x.shape == shape
-                and x.dtype is dtype
-                and x.layout is torch.strided
-                and x.device == device
-            ):
-                return False
+    for tensor in tensors:
+        if not (
+            isinstance(tensor, Tensor)
+            and tensor.shape == shape
+            and tensor.dtype is dtype
+            and tensor.layout is torch.strided
+            and tensor.device == device
+        ):
+            return False
     return True
 
 
@@ -800,8 +825,9 @@ def _pair(
     op: str, student_logits: Tensor | Sequence[Tensor], teacher_logits: Tensor | Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Both sides as lists of 1 or K tensors of one shape, device and dtype."""
-    if _alike(student_logits, teacher_logits):
-        return list(student_logits), list(teacher_logits)
+    given = [[x] if isinstance(x, Tensor) else x for x in (student_logits, teacher_logits)]
+    if _alike(*given):
+        return list(given[0]), list(given[1])
     sides: list[list[Tensor]] = []
     first, same_dtype = None, True
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
@@ -890,6 +916,12 @@ def _mark_overwritten(*tensors: Tensor) -> None:
     """Lets autograd notice that tensors which it may have saved were overwritten by an op."""
     if not (torch.compiler.is_compiling() or tensors[0].is_inference()):
         torch.autograd.graph.increment_version(tensors)
+
+
+def _reduced(kl: Tensor, divisor: int) -> Tensor:
+    """[K, N] -> [K], the sum over the rows by ``divisor``; the mean of no rows is 0 / 0 = NaN."""
+    total = kl.sum(1)
+    return total if divisor == 1 else total / divisor
 
 
 def _mask(wanted: Sequence[bool]) -> int:

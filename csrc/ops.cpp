@@ -424,7 +424,7 @@ std::tuple<Tensors, Tensors, Tensor> multi_teacher_kl_backward(
   return {grad_students, grad_teachers, grad_temperature};
 }
 
-std::tuple<Tensor, Tensors> bmtard_loss(
+std::tuple<Tensor, Tensor> bmtard_loss(
     const Tensors& student, const Tensors& teacher, const Tensor& temperatures,
     const Tensor& weights, const Tensor& initial_losses, const Tensor& entropies,
     const Tensor& losses, const Tensor& temperature_lr, const Tensor& weight_lr, const Tensor& step,
@@ -465,8 +465,14 @@ std::tuple<Tensor, Tensors> bmtard_loss(
   args.max_iterations = static_cast<int32_t>(max_iterations);
   Tensor loss = empty<0>({}, accumulation_type(first), first);
   args.loss = loss.data_ptr();
-  Tensors grads =
-      gradients(wants_grad ? (int64_t{1} << count) - 1 : 0, count, first, args.grad_student);
+  // In one tensor, as torch.compile takes no list from an op that changes its arguments.
+  Tensor grads =
+      empty<3>({wants_grad ? count : 0, args.rows, args.classes}, first.scalar_type(), first);
+  const int64_t gradient_bytes =
+      args.rows * args.classes * static_cast<int64_t>(first.element_size());
+  for (int64_t k = 0; wants_grad && k < count; ++k) {
+    args.grad_student[k] = static_cast<char*>(grads.data_ptr()) + k * gradient_bytes;
+  }
   const size_t bytes = BMTARD_WORKSPACE(bmtard_loss, first, args);
   const Tensor workspace = empty<1>({static_cast<int64_t>(bytes)}, ScalarType::Byte, first);
   args.workspace = workspace.data_ptr();
@@ -590,14 +596,14 @@ STABLE_TORCH_LIBRARY(bmtard, m) {
       "Tensor[] teacher_logits, Tensor? temperature, float temperature_value, "
       "float student_temperature, float eps, Tensor statistics, int wants_students, "
       "int wants_teachers, bool wants_temperature) -> (Tensor[], Tensor[], Tensor)");
-  // State float64 [K] and []; step int64 [], status int32 [] -> loss acc [], K gradients [N, C]
+  // State float64 [K] and []; step int64 [], status int32 [] -> loss acc [], gradients [K, N, C]
   m.def(
       "bmtard_loss(Tensor[] student_logits, Tensor[] teacher_logits, Tensor(a!) temperatures, "
       "Tensor(b!) weights, Tensor(c!) initial_losses, Tensor(d!) entropies, Tensor(e!) losses, "
       "Tensor temperature_lr, Tensor weight_lr, Tensor(f!) step, Tensor(g!) status, bool update, "
       "bool sign, float low, float high, float temperature_momentum, float loss_exponent, "
       "float student_temperature, float eps, float scale, float tolerance, int max_iterations, "
-      "bool wants_grad) -> (Tensor, Tensor[])");
+      "bool wants_grad) -> (Tensor, Tensor)");
   // x_adv, grad, x [N, ...] in pixel units
   m.def(
       "pgd_step_(Tensor(a!) x_adv, Tensor grad, Tensor x, float step_size, float epsilon, "
