@@ -22,7 +22,10 @@ from numpy.typing import NDArray
 Float64 = NDArray[np.float64]
 
 SOURCE = Path(__file__).resolve().parent
-BUILD = SOURCE.parent.parent / "build" / "simt"
+ROOT = SOURCE.parent.parent
+# A folder with a module that is taken as it is: a mutant, or one under sanitizers.
+PREBUILT = os.environ.get("BMTARD_SIMT_MODULE")
+BUILD = Path(PREBUILT) if PREBUILT else ROOT / "build" / "simt"
 
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
 STORAGE = {
@@ -43,18 +46,22 @@ class BuildError(RuntimeError):
     """The kernels could not be built for the CPU."""
 
 
-def build() -> None:
-    """Configures and builds, which is a matter of milliseconds where nothing has changed."""
+def build(folder: Path = BUILD, sanitize: str = "") -> None:
+    """Configures and builds, which is a matter of milliseconds where nothing has changed.
+
+    ``sanitize``: what the compiler's -fsanitize takes, see sanitize.py.
+    """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     cmake, ninja = shutil.which("cmake", path=path), shutil.which("ninja", path=path)
     if cmake is None:
         raise BuildError("tests/simt builds the CUDA kernels for the CPU and needs cmake and ninja")
-    BUILD.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-    configure = [cmake, "-S", SOURCE, "-B", BUILD, f"-DPython_EXECUTABLE={sys.executable}"]
-    with (BUILD / ".lock").open("w") as lock:  # several test processes may come at once
+    configure = [cmake, "-S", SOURCE, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}"]
+    configure.append(f"-DBMTARD_SIMT_SANITIZE={sanitize}")
+    with (folder / ".lock").open("w") as lock:  # several test processes may come at once
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in ([*configure, *generator], [cmake, "--build", BUILD, "--parallel"]):
+        for command in ([*configure, *generator], [cmake, "--build", folder, "--parallel"]):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 raise BuildError(
