@@ -127,9 +127,10 @@ def _aligned(count: int, dtype: np.dtype) -> NDArray:
 
 
 class Outputs:
-    """Arrays between guard bytes."""
+    """Arrays between guard bytes, of which there are enough for a tile or a chunk: a kernel that
+    writes there shall fail a test, and not end the process."""
 
-    GUARD = 64
+    GUARD = 16384
     BYTE = 0xA5
 
     def __init__(self) -> None:

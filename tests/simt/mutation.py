@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -34,7 +35,7 @@ class Mutant:
     file: str  # below csrc
     old: str
     new: str
-    tests: str  # of tests/simt, separated by spaces
+    tests: str  # of tests/simt, separated by " test_"
     caught: str  # a regular expression
     unit: str = ""  # the .cu to compile, if `file` is a header
     count: int = 1
@@ -46,6 +47,11 @@ class Mutant:
 
 class Drift(AssertionError):
     """The text that a mutant replaces is not there as often as it says."""
+
+
+def tests_of(tests: str) -> list[str]:
+    """The names, which may have spaces in their brackets."""
+    return re.split(r" (?=test_)", tests)
 
 
 def mutated(mutant: Mutant) -> str:
@@ -111,10 +117,11 @@ def run_tests(module: Path, tests: str, **environment: str) -> tuple[int, str]:
     """Runs tests of tests/simt on a module in another process; returns its status and output."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "--capture=sys"]
     # torch, which the other tests want, takes longer to load than these tests take.
-    command += ["--confcutdir", str(harness.SOURCE), "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += [str(harness.SOURCE / test) for test in tests.split()]
+    command += ["--confcutdir", str(harness.SOURCE), "-p", "no:cacheprovider"]
+    command += [str(harness.SOURCE / test) for test in tests_of(tests)]
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment = {**kept, "BMTARD_SIMT_MODULE": str(module), **environment}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",

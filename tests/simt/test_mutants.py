@@ -1,0 +1,626 @@
+"""The tests of this folder fail where a kernel is wrong: each mutant is one fault in the text of a
+real kernel, and must be caught, for the reason that is given."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from . import mutation
+from .mutation import Mutant
+
+WRONG = "Not equal to tolerance|Arrays are not equal"
+RACE = "race: "
+OUTSIDE = "a kernel wrote (past|before) an output"
+
+ENTROPY = "test_softmax_entropy.py::test_forward_and_backward[{}]"
+ENTROPY_MASKED = "test_softmax_entropy.py::test_masked_and_non_finite_rows[{}]"
+KL = "test_multi_teacher_kl.py::test_forward_and_backward[{}]"
+KL_MASKED = "test_multi_teacher_kl.py::test_masked_and_non_finite_rows[{}]"
+KL_SHARED = "test_multi_teacher_kl.py::test_shared_student_or_teacher[{}]"
+LINF = "test_pgd_step.py::test_linf[{}]"
+L2 = "test_pgd_step.py::test_l2[{}]"
+ROWS_FAR_APART = "test_layouts.py::test_rows_far_apart[{}]"
+
+
+def rows(name: str, old: str, new: str, tests: str, caught: str, **more) -> Mutant:
+    """Of rows.cuh, seen by softmax_entropy."""
+    settings = {"unit": "cuda/softmax_entropy.cu", **more}
+    return Mutant(name, "cuda/rows.cuh", old, new, tests, caught, **settings)
+
+
+def entropy(name: str, old: str, new: str, tests: str, caught: str, **more) -> Mutant:
+    return Mutant(name, "cuda/softmax_entropy.cu", old, new, tests, caught, **more)
+
+
+def kl(name: str, old: str, new: str, tests: str, caught: str, **more) -> Mutant:
+    return Mutant(name, "cuda/multi_teacher_kl.cu", old, new, tests, caught, **more)
+
+
+def pgd(name: str, old: str, new: str, tests: str, caught: str, **more) -> Mutant:
+    return Mutant(name, "cuda/pgd_step.cu", old, new, tests, caught, **more)
+
+
+REDUCTIONS = [
+    rows(
+        "block-barrier",
+        "    simt::block_barrier();\n    BMTARD_UNROLL\n    for (int i = 0; i < n; ++i) {\n"
+        "      values[i] = scratch",
+        "    BMTARD_UNROLL\n    for (int i = 0; i < n; ++i) {\n      values[i] = scratch",
+        ENTROPY.format("1025-float32"),
+        f"{RACE}|before it is written",
+    ),
+    rows(
+        "scratch-by-turns",
+        "turn_ ^= 1;",
+        "",
+        L2.format("0.05-(2, 3072)-float32"),
+        RACE,
+        unit="cuda/pgd_step.cu",
+    ),
+    rows(
+        "scratch-half-as-large",
+        "scratch, 2 * kWarps * n",
+        "scratch, kWarps * n",
+        ENTROPY.format("1025-float32"),
+        "of a shared array of",
+    ),
+    rows(
+        "scratch-index",
+        "thread / simt::kWarp * n + i, values",
+        "thread / simt::kWarp + i, values",
+        ENTROPY.format("1025-float32"),
+        f"{RACE}|before it is written|{WRONG}",
+    ),
+    rows(
+        "scratch-writer",
+        "if (thread % simt::kWarp == 0) {",
+        "{",
+        ENTROPY.format("1025-float32"),
+        RACE,
+    ),
+    rows(
+        "block-drops-a-warp",
+        "warp < kWarps;",
+        "warp < kWarps - 1;",
+        ENTROPY.format("1025-float32"),
+        WRONG,
+    ),
+    rows(
+        "block-shuffle-distance",
+        "int distance = simt::kWarp / 2;",
+        "int distance = simt::kWarp / 4;",
+        ENTROPY.format("1025-float32"),
+        WRONG,
+    ),
+    rows(
+        "block-shuffle-mask",
+        "simt::shuffle_xor(simt::kFullWarp, values",
+        "simt::shuffle_xor(simt::kFullWarp >> 1, values",
+        ENTROPY.format("1025-float32"),
+        "leaves (it )?out",
+    ),
+    rows(
+        "group-shuffle-distance",
+        "int distance = Shape::kLanes / 2;",
+        "int distance = Shape::kLanes / 4;",
+        ENTROPY.format("10-float32"),
+        WRONG,
+    ),
+    rows(
+        "group-shuffle-ends-early",
+        "Shape::kLanes / 2; distance > 0;",
+        "Shape::kLanes / 2; distance > 1;",
+        ENTROPY.format("33-float64"),
+        WRONG,
+    ),
+    rows(
+        "group-shuffle-too-far",
+        "int distance = Shape::kLanes / 2;",
+        "int distance = Shape::kLanes;",
+        ENTROPY.format("10-float32"),
+        "which the mask leaves out",
+    ),
+    rows(
+        "group-mask-of-the-first",
+        "(simt::kWarp - Shape::kLanes)) << first;",
+        "(simt::kWarp - Shape::kLanes));",
+        ENTROPY.format("10-float32"),
+        "leaves (it )?out",
+    ),
+    rows(
+        "group-mask-of-the-warp",
+        "(simt::kFullWarp >> (simt::kWarp - Shape::kLanes)) << first;",
+        "simt::kFullWarp;",
+        ENTROPY.format("10-float32"),
+        "waits for it|a lane that has left|elsewhere|another collective|deadlock",
+    ),
+    rows(
+        "maximum-or-minimum",
+        "return b > a ? b : a;",
+        "return b < a ? b : a;",
+        ENTROPY.format("10-float32"),
+        WRONG,
+    ),
+]
+
+ROWS = [
+    rows(
+        "load-tail",
+        "j < classes ? simt::widen(simt::load(row + j)) : -std::numeric_limits<R>::infinity();",
+        "simt::widen(simt::load(row + j));",
+        ENTROPY.format("10-float32"),
+        WRONG,
+    ),
+    rows(
+        "load-tail-by-one",
+        "          j < classes ? simt::widen",
+        "          j <= classes ? simt::widen",
+        ENTROPY.format("10-float32"),
+        WRONG,
+    ),
+    rows(
+        "store-tail",
+        "if (j < classes) simt::store",
+        "simt::store",
+        ENTROPY.format("10-float32"),
+        f"{OUTSIDE}|{WRONG}|{RACE}",
+    ),
+    rows(
+        "store-tail-by-one",
+        "if (j < classes) simt::store",
+        "if (j <= classes) simt::store",
+        ENTROPY.format("10-float32"),
+        f"{OUTSIDE}|{WRONG}|{RACE}",
+    ),
+    rows(
+        "packed-load-over-the-tail",
+        "if (packed && first + Shape::kWidth <= classes) {\n    const auto pack",
+        "if (packed && first < classes) {\n    const auto pack",
+        "test_layouts.py::test_softmax_entropy[0-aligned-10-float32]",
+        WRONG,
+    ),
+    rows(
+        "packed-store-over-the-tail",
+        "if (packed && first + Shape::kWidth <= classes) {\n    Pack",
+        "if (packed && first < classes) {\n    Pack",
+        # Only where the last tile of all is a part of one can a packed store go too far.
+        LINF.format("0-(3, 10)-float32"),
+        OUTSIDE,
+        unit="cuda/pgd_step.cu",
+    ),
+    rows(
+        "resident-tail-tile",
+        "if (tile * Shape::kSpan < classes) visit(tile);",
+        "if ((tile + 1) * Shape::kSpan <= classes) visit(tile);",
+        ENTROPY.format("100-float32"),
+        WRONG,
+    ),
+    rows(
+        "streamed-tail-tile",
+        "tile < (classes + Shape::kSpan - 1) / Shape::kSpan;",
+        "tile < classes / Shape::kSpan;",
+        ENTROPY.format("1025-float32"),
+        WRONG,
+    ),
+    rows(
+        "small-up-to-33",
+        "classes <= Small::kMaxClasses",
+        "classes <= Small::kMaxClasses + 1",
+        ENTROPY.format("33-float32"),
+        WRONG,
+    ),
+    rows(
+        "medium-up-to-1025",
+        "classes <= Medium::kMaxClasses",
+        "classes <= Medium::kMaxClasses + 1",
+        ENTROPY.format("1025-bfloat16"),
+        WRONG,
+    ),
+    rows(
+        "medium-up-to-513-doubles",
+        "classes <= Medium::kMaxClasses",
+        "classes <= Medium::kMaxClasses + 1",
+        ENTROPY.format("513-float64"),
+        WRONG,
+    ),
+    rows(
+        "packed-whatever-the-first-row",
+        "reinterpret_cast<uintptr_t>(data) % 16 == 0 && ",
+        "",
+        "test_layouts.py::test_softmax_entropy[0-shifted-10-float32]",
+        "misaligned",
+    ),
+    rows(
+        "packed-whatever-the-stride",
+        " && row_stride * size % 16 == 0",
+        "",
+        ENTROPY.format("10-float32"),
+        "misaligned",
+    ),
+    rows(
+        "packed-by-8-bytes",
+        "row_stride * size % 16 == 0",
+        "row_stride * size % 8 == 0",
+        "test_layouts.py::test_softmax_entropy[0-strided-1102-bfloat16]",
+        "misaligned",
+    ),
+    rows(
+        "packed-by-the-wrong-size",
+        "kFloat32 ? 4 : 2;",
+        "kFloat32 ? 4 : 4;",
+        "test_layouts.py::test_softmax_entropy[0-strided-1102-bfloat16]",
+        "misaligned",
+    ),
+    rows(
+        "row-offset-of-32-bits",
+        "+ row * matrix.row_stride;",
+        "+ static_cast<int32_t>(row * matrix.row_stride);",
+        ROWS_FAR_APART.format("4294967296-10"),
+        WRONG,
+    ),
+    rows(
+        "row-stride-of-32-bits",
+        "+ row * matrix.row_stride;",
+        "+ row * static_cast<uint32_t>(matrix.row_stride);",
+        ROWS_FAR_APART.format("4294967296-100"),
+        WRONG,
+    ),
+    rows(
+        "row-product-of-32-bits",
+        "+ row * matrix.row_stride;",
+        "+ static_cast<uint32_t>(row * matrix.row_stride);",
+        ROWS_FAR_APART.format("4294967296-1100"),
+        WRONG,
+    ),
+    rows(
+        "one-row-a-block",
+        "+\n           simt::thread_id() / Shape::kLanes;",
+        ";",
+        ENTROPY.format("10-float32"),
+        f"{WRONG}|{RACE}",
+    ),
+]
+
+STATISTICS = [
+    rows(
+        "no-maximum-in-the-exponent",
+        "accumulate(sums, (values.value[i] - max) * inverse_temperature);",
+        "accumulate(sums, values.value[i] * inverse_temperature);",
+        "test_softmax_entropy.py::test_large_logits_keep_their_precision[32]",
+        WRONG,
+    ),
+    rows(
+        "online-maximum-never-shifts",
+        "sums = shifted(sums, (seen - top) * inverse_temperature);",
+        "",
+        ENTROPY.format("3000-float32"),
+        WRONG,
+    ),
+    rows(
+        "online-parts-are-not-aligned",
+        "sums = shifted(sums, (seen - max) * inverse_temperature);",
+        "",
+        ENTROPY.format("1025-float32"),
+        WRONG,
+    ),
+    rows(
+        "masked-so-far",
+        "const R base = seen == kNothing ? R(0) : seen;",
+        "const R base = seen;",
+        ENTROPY_MASKED.format("1100-float32"),
+        WRONG,
+    ),
+    Mutant(
+        "exponent-without-a-floor",
+        "core/softmax_entropy.h",
+        "  u = floor_exponent(u);\n  const T e = exp(u);\n  sums.s0 = sums.s0 + e;",
+        "  const T e = exp(u);\n  sums.s0 = sums.s0 + e;",
+        ENTROPY_MASKED.format("10-float32"),
+        WRONG,
+        unit="cuda/softmax_entropy.cu",
+    ),
+    Mutant(
+        "gradient-without-a-floor",
+        "core/softmax_entropy.h",
+        "  log_p = floor_exponent(log_p);\n  return",
+        "  return",
+        ENTROPY_MASKED.format("10-float32"),
+        WRONG,
+        unit="cuda/softmax_entropy.cu",
+    ),
+    Mutant(
+        "nan-below-the-floor",
+        "core/common.h",
+        "return select(u < T(kExpFloor), T(kExpFloor), u);",
+        "return select(u > T(kExpFloor), u, T(kExpFloor));",
+        ENTROPY_MASKED.format("10-float32"),
+        "assert",
+        unit="cuda/softmax_entropy.cu",
+    ),
+    Mutant(
+        "nothing-times-infinity",
+        "core/multi_teacher_kl.h",
+        "return select(p > T(0), p * value, p);",
+        "return p * value;",
+        KL_MASKED.format("0.0-10-float32"),
+        WRONG,
+        unit="cuda/multi_teacher_kl.cu",
+    ),
+]
+
+SOFTMAX_ENTROPY = [
+    entropy(
+        "entropy-past-the-last-row",
+        "  if (row >= args.rows) return;\n  const int classes = static_cast<int>(args.classes);\n"
+        "  const R inverse = 1 / temperature_of<R>(args, row);\n  const Row",
+        "  const int classes = static_cast<int>(args.classes);\n"
+        "  const R inverse = 1 / temperature_of<R>(args, row);\n  const Row",
+        ENTROPY.format("10-float32"),
+        f"{OUTSIDE}|{WRONG}|{RACE}",
+    ),
+    entropy(
+        "entropy-backward-past-the-last-row",
+        "  if (row >= args.rows) return;\n  const int classes = static_cast<int>(args.classes);\n"
+        "  const R inverse = 1 / temperature_of<R>(args, row);\n  const R entropy",
+        "  const int classes = static_cast<int>(args.classes);\n"
+        "  const R inverse = 1 / temperature_of<R>(args, row);\n  const R entropy",
+        ENTROPY.format("10-float32"),
+        OUTSIDE,
+    ),
+    entropy(
+        "entropy-last-row-missing",
+        "if (row >= args.rows) return;",
+        "if (row + 1 >= args.rows) return;",
+        ENTROPY.format("10-float32"),
+        WRONG,
+        count=2,
+    ),
+    entropy(
+        "entropy-temperature-stride",
+        "row * args.temperature_stride)",
+        "row)",
+        "test_softmax_entropy.py::test_scalar_arguments_and_missing_outputs[10-float32]",
+        WRONG,
+    ),
+    entropy(
+        "entropy-gradient-stride",
+        "row * args.grad_entropy_stride)",
+        "row)",
+        ENTROPY_MASKED.format("10-float32")
+        + " test_softmax_entropy.py::test_large_logits_keep_their_precision[32]",
+        WRONG,
+    ),
+    entropy(
+        "entropy-packed-whatever-the-gradient",
+        "(!args.grad_logits || packable(args.dtype, args.grad_logits, args.classes));",
+        "true;",
+        "test_layouts.py::test_softmax_entropy[0-aligned-10-float32]",
+        "misaligned",
+    ),
+    entropy(
+        "entropy-variance-of-one-lane",
+        "    group.sum(variance);\n",
+        "",
+        ENTROPY.format("10-float32"),
+        WRONG,
+    ),
+]
+
+MULTI_TEACHER_KL = [
+    kl(
+        "kl-past-the-last-row",
+        "if (n >= args.rows) return;",
+        "if (false) return;",
+        KL.format("0.0-10-float32"),
+        f"{OUTSIDE}|{WRONG}|{RACE}",
+        count=2,
+    ),
+    kl(
+        "kl-rows-of-the-next-teacher",
+        "const int64_t n = group.first_row() - "
+        "static_cast<int64_t>(k) * blocks_a_teacher * Shape::kRows;",
+        "const int64_t n = group.first_row();",
+        KL.format("0.0-10-float32"),
+        WRONG,
+    ),
+    kl(
+        "kl-backward-rows-of-the-next-teacher",
+        "group.first_row() - static_cast<int64_t>(part) * blocks_a_teacher * Shape::kRows;",
+        "group.first_row();",
+        KL.format("0.0-10-float32"),
+        WRONG,
+    ),
+    kl(
+        "kl-one-cache-for-two-rows",
+        "place * static_cast<int>(CachedRow<Shape>::stride(classes));",
+        "0;",
+        KL.format("0.0-1025-bfloat16"),
+        WRONG,
+    ),
+    kl(
+        "kl-cache-for-one-row",
+        "cache_bytes<Shape>(args.classes, 2);",
+        "cache_bytes<Shape>(args.classes, 1);",
+        KL.format("0.0-1025-float32"),
+        "of a shared array of",
+    ),
+    rows(
+        "cache-without-its-tail",
+        "return (classes + Shape::kSpan - 1) / Shape::kSpan * Shape::kSpan;",
+        "return classes;",
+        KL.format("0.0-1025-bfloat16"),
+        f"{RACE}|misaligned|of a shared array of",
+        unit="cuda/multi_teacher_kl.cu",
+    ),
+    rows(
+        "cache-of-the-first-lane",
+        "offset_(offset + lane * Shape::kWidth),",
+        "offset_(offset),",
+        KL.format("0.0-1025-bfloat16"),
+        RACE,
+        unit="cuda/multi_teacher_kl.cu",
+    ),
+    kl(
+        "kl-packed-whatever-the-teacher",
+        "packed && packable(args.dtype, args.student[k]) && packable(args.dtype, args.teacher[k]);",
+        "packed && packable(args.dtype, args.student[k]);",
+        "test_layouts.py::test_multi_teacher_kl[False-strided-3-1102-float32]",
+        "misaligned",
+    ),
+    kl(
+        "kl-packed-whatever-the-gradient",
+        "packed = packed && packable(args.dtype, gradient, args.classes);",
+        "",
+        "test_layouts.py::test_multi_teacher_kl[False-strided-None-10-float32]",
+        "misaligned",
+    ),
+    kl(
+        "kl-gradient-of-the-last-teacher",
+        "          if (to) store_tile<Streamed>(to, classes, tile, group.lane, packed, grad_s);\n"
+        "          grad_s = {};",
+        "          if (to) store_tile<Streamed>(to, classes, tile, group.lane, packed, grad_s);",
+        KL_SHARED.format("0-shared1-10-float32"),
+        WRONG,
+    ),
+    kl(
+        "kl-shared-gradient-too-early",
+        "const bool last = k + 1 == args.teachers;",
+        "const bool last = true;",
+        KL_SHARED.format("0-shared0-10-float32"),
+        WRONG,
+    ),
+    kl(
+        "kl-temperature-without-a-guard",
+        "by_temperature += probability > R(0) ? by_scaled * p.scaled(teacher) : by_scaled;",
+        "by_temperature += by_scaled * p.scaled(teacher);",
+        KL_MASKED.format("0.0-10-float32"),
+        WRONG,
+    ),
+    kl(
+        "kl-coefficient-strides-swapped",
+        "k * args.coefficient_teacher_stride + n * args.coefficient_row_stride",
+        "n * args.coefficient_teacher_stride + k * args.coefficient_row_stride",
+        KL.format("0.0-10-float32"),
+        WRONG,
+    ),
+]
+
+PGD_STEP = [
+    pgd(
+        "linf-last-chunk",
+        "left < Shape::kMaxClasses ? static_cast<int>(left) : Shape::kMaxClasses;",
+        "Shape::kMaxClasses; (void)left;",
+        LINF.format("0-(3, 10)-float32"),
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    pgd(
+        "linf-chunk-by-one",
+        "static_cast<int64_t>(simt::block_id()) * Shape::kMaxClasses;",
+        "static_cast<int64_t>(simt::block_id()) * (Shape::kMaxClasses - 1);",
+        LINF.format("1-(1, 4097)-float32"),
+        f"{WRONG}|{RACE}",
+    ),
+    pgd(
+        "l2-tail-in-the-norm",
+        "if (class_of<Shape>(tile, i, lane, packed) < size) squared",
+        "squared",
+        L2.format("0.05-(3, 10)-float32"),
+        WRONG,
+    ),
+    pgd(
+        "l2-step-without-a-direction",
+        "if (step > R(0)) values",
+        "values",
+        "test_pgd_step.py::test_l2_makes_no_step_without_a_direction[float32]",
+        WRONG,
+    ),
+    pgd(
+        "l2-norm-kept-from-before",
+        "  squared[0] = 0;\n",
+        "",
+        L2.format("0.05-(2, 3072)-float32"),
+        WRONG,
+    ),
+    pgd(
+        "l2-norm-of-one-thread",
+        "  block.reduce(squared, Add{});\n  const R projection",
+        "  const R projection",
+        L2.format("0.05-(2, 3072)-float32"),
+        WRONG,
+    ),
+    pgd(
+        "pgd-packed-whatever-the-gradient",
+        "packable(args.dtype, args.grad, stride) &&",
+        "",
+        "test_layouts.py::test_pgd_step[40-False-grad-float32]",
+        "misaligned",
+    ),
+    pgd(
+        "l2-packed-whatever-the-sample",
+        "const int64_t stride = args.l2 ? args.sample_size : 0;",
+        "const int64_t stride = 0;",
+        L2.format("0.05-(3, 10)-float32"),
+        "misaligned",
+    ),
+    Mutant(
+        "step-by-nan",
+        "core/pgd_step.h",
+        "select(grad > T(0), step_size, select(grad < T(0), -step_size, T(0)))",
+        "select(grad > T(0), step_size, -step_size)",
+        LINF.format("0-(3, 10)-float32"),
+        WRONG,
+        unit="cuda/pgd_step.cu",
+    ),
+    Mutant(
+        "step-along-nothing",
+        "core/pgd_step.h",
+        "is_finite(norm) && norm > real(0) ?",
+        "is_finite(norm) ?",
+        "test_pgd_step.py::test_l2_makes_no_step_without_a_direction[float32]",
+        WRONG,
+        unit="cuda/pgd_step.cu",
+    ),
+]
+
+MUTANTS = [*REDUCTIONS, *ROWS, *STATISTICS, *SOFTMAX_ENTROPY, *MULTI_TEACHER_KL, *PGD_STEP]
+
+
+def unmutated() -> dict[str, str]:
+    """By .cu file, all tests that its mutants name."""
+    tests: dict[str, set[str]] = {}
+    for mutant in MUTANTS:
+        tests.setdefault(mutant.source, set()).update(mutation.tests_of(mutant.tests))
+    return {source: " ".join(sorted(names)) for source, names in sorted(tests.items())}
+
+
+@pytest.mark.parametrize(("source", "tests"), unmutated().items(), ids=unmutated())
+def test_without_a_fault_they_pass(source, tests):
+    """Built the same way: what a mutant does is due to its edit."""
+    module = mutation.build(source, f"unmutated-{source.rsplit('/', 1)[-1]}")
+    status, output = mutation.run_tests(module, tests)
+    assert status == 0, output
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_is_caught(mutant):
+    module = mutation.build(mutant.source, mutant.name, mutant)
+    status, output = mutation.run_tests(module, mutant.tests)
+    assert status == 1, f"mutant {mutant.name} survives {mutant.tests}:\n{output}"
+    assert re.search(mutant.caught, output), f"caught, but not by /{mutant.caught}/:\n{output}"
+
+
+def test_names_are_their_own():
+    names = [mutant.name for mutant in MUTANTS]
+    assert len(set(names)) == len(names)
+
+
+def test_an_edit_that_no_longer_fits_is_an_error():
+    fitting = REDUCTIONS[0]
+    gone = Mutant("gone", fitting.file, "no such text", "", fitting.tests, "", fitting.unit)
+    with pytest.raises(mutation.Drift, match="mutant gone: csrc/cuda/rows.cuh has 0 times, not 1"):
+        mutation.mutated(gone)
+    often = Mutant("often", fitting.file, "BMTARD_UNROLL", "", fitting.tests, "", fitting.unit)
+    with pytest.raises(mutation.Drift, match="Adapt the mutant"):
+        mutation.mutated(often)
