@@ -39,7 +39,7 @@ def strided(z, dtype):
 
 
 @pytest.mark.parametrize("dtype", h.DTYPES)
-@pytest.mark.parametrize("c", CLASSES + [1104])
+@pytest.mark.parametrize("c", [*CLASSES, 1104])
 @pytest.mark.parametrize("layout", [aligned, shifted, strided])
 @pytest.mark.parametrize("shift", [0, 1])
 def test_softmax_entropy(layout, shift, c, dtype):
@@ -53,7 +53,7 @@ def test_softmax_entropy(layout, shift, c, dtype):
 
 
 @pytest.mark.parametrize("dtype", h.DTYPES)
-@pytest.mark.parametrize("c", CLASSES + [1104])
+@pytest.mark.parametrize("c", [*CLASSES, 1104])
 @pytest.mark.parametrize("odd", [None, 0, 1, 2, 3])
 @pytest.mark.parametrize("layout", [shifted, strided])
 @pytest.mark.parametrize("shared", [False, True])
