@@ -13,6 +13,11 @@
 
 #include "simt.cuh"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 namespace bmtard {
 namespace simt {
 namespace host {
@@ -31,9 +36,16 @@ constexpr const char kDynamicKey = 0;
 
 enum class State { kIdle, kReady, kAtCollective, kAtBarrier, kExited };
 
+// What goes on elsewhere, and where its stack is.
+struct Context {
+  jmp_buf registers;
+  const void* stack = nullptr;
+  size_t bytes = 0;
+  void* fake_stack = nullptr;  // AddressSanitizer's
+};
+
 struct Fiber {
-  jmp_buf context;
-  void* stack = nullptr;
+  Context context;
   State state = State::kIdle;
   // What it waits at.
   const char* file = "";
@@ -61,7 +73,7 @@ struct Block {
 };
 
 struct Machine {
-  jmp_buf scheduler;
+  Context scheduler;
   ucontext_t starter;
   std::vector<std::unique_ptr<Fiber>> fibers;
   // The blocks that run side by side: one, a cluster, or a cooperative grid.
@@ -101,8 +113,24 @@ const char* base_name(const char* file) {
               place(position.thread) + ": " + message);
 }
 
-__attribute__((noinline)) void jump(jmp_buf& from, jmp_buf& to) {
-  if (_setjmp(from) == 0) _longjmp(to, 1);
+// AddressSanitizer wants to know of each switch, before it and after.
+void leave([[maybe_unused]] Context& from, [[maybe_unused]] const Context& to) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.bytes);
+#endif
+}
+
+void arrive([[maybe_unused]] const Context& here, [[maybe_unused]] Context* from = nullptr) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(here.fake_stack, from ? &from->stack : nullptr,
+                                  from ? &from->bytes : nullptr);
+#endif
+}
+
+__attribute__((noinline)) void jump(Context& from, Context& to) {
+  leave(from, to);
+  if (_setjmp(from.registers) == 0) _longjmp(to.registers, 1);
+  arrive(from);
 }
 
 void to_scheduler() { jump(self().context, machine.scheduler); }
@@ -127,7 +155,10 @@ void check_exit() {
 // A fiber lives through many threads: it runs one to its end and waits for the next.
 void fiber_main(unsigned index) {
   Fiber& fiber = *machine.fibers[index];
-  if (_setjmp(fiber.context) == 0) setcontext(&machine.starter);
+  arrive(fiber.context, &machine.scheduler);
+  leave(fiber.context, machine.scheduler);
+  if (_setjmp(fiber.context.registers) == 0) setcontext(&machine.starter);
+  arrive(fiber.context);
   for (;;) {
     try {
       (*machine.body)();
@@ -149,7 +180,9 @@ void add_fiber() {
   if (stack == MAP_FAILED || mprotect(stack, kGuardBytes, PROT_NONE) != 0) {
     throw Fault("no memory for the stack of a thread");
   }
-  fiber->stack = stack;
+  fiber->context.stack = stack;
+  fiber->context.bytes = kStackBytes;
+  const Context& fresh = fiber->context;
   ucontext_t context;
   getcontext(&context);
   context.uc_stack.ss_sp = stack;
@@ -158,12 +191,19 @@ void add_fiber() {
   const auto index = static_cast<unsigned>(machine.fibers.size());
   makecontext(&context, reinterpret_cast<void (*)()>(fiber_main), 1, index);
   machine.fibers.push_back(std::move(fiber));
+  leave(machine.scheduler, fresh);
   swapcontext(&machine.starter, &context);
+  arrive(machine.scheduler);
 }
 
 // Threads that a fault left in the middle of a kernel cannot be used again.
 void drop_fibers() {
-  for (const auto& fiber : machine.fibers) munmap(fiber->stack, kStackBytes);
+  for (const auto& fiber : machine.fibers) {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(fiber->context.stack, kStackBytes);
+#endif
+    munmap(const_cast<void*>(fiber->context.stack), kStackBytes);
+  }
   machine.fibers.clear();
 }
 
