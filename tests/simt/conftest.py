@@ -6,6 +6,9 @@ import pytest
 
 from . import harness
 
+# These build modules of their own.
+collect_ignore = ["test_mutants.py", "test_sanitizers.py"] if harness.PREBUILT else []
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _module() -> None:

@@ -108,7 +108,7 @@ def rounded(values: Float64, dtype: str) -> Float64:
 
 def place(values: Float64, dtype: str, *, extra: int = 0, shift: int = 0) -> NDArray:
     """A matrix of ``dtype`` whose rows lie ``extra`` values apart, ``shift`` values past a
-    multiple of 16 bytes. What lies between is NaN."""
+    multiple of 16 bytes. What lies between is NaN, and out of bounds for a sanitized kernel."""
     n, c = values.shape
     stored = encode(values, dtype)
     flat = _aligned(n * (c + extra) + shift, STORAGE[dtype])
@@ -117,13 +117,16 @@ def place(values: Float64, dtype: str, *, extra: int = 0, shift: int = 0) -> NDA
         flat[shift:], (n, c), ((c + extra) * flat.itemsize, flat.itemsize)
     )
     out[...] = stored
+    if simt().sanitized():
+        simt().forbid(flat[:shift].view(np.uint8))
+        for row in range(n if extra else 0):
+            end = shift + row * (c + extra) + c
+            simt().forbid(flat[end : end + extra].view(np.uint8))
     return out
 
 
 def _aligned(count: int, dtype: np.dtype) -> NDArray:
-    raw = np.empty(count * dtype.itemsize + 16, np.uint8)
-    start = -raw.ctypes.data % 16
-    return raw[start : start + count * dtype.itemsize].view(dtype)
+    return simt().allocate(count * dtype.itemsize).view(dtype)
 
 
 class Outputs:
@@ -145,6 +148,8 @@ class Outputs:
         raw = _aligned(start + size + self.GUARD, np.dtype(np.uint8))
         raw[:] = self.BYTE
         raw[start : start + size] = 0xFF  # NaN
+        simt().forbid(raw[:start])
+        simt().forbid(raw[start + size :])
         self._raw.append((raw, start))
         return raw[start : start + size].view(kind).reshape(shape)
 

@@ -113,20 +113,25 @@ def build(source: str, name: str, mutant: Mutant | None = None, base: Path = har
     return folder
 
 
-def run_tests(module: Path, tests: str, **environment: str) -> tuple[int, str]:
-    """Runs tests of tests/simt on a module in another process; returns its status and output."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "--capture=sys"]
-    # torch, which the other tests want, takes longer to load than these tests take.
-    command += ["--confcutdir", str(harness.SOURCE), "-p", "no:cacheprovider"]
-    command += [str(harness.SOURCE / test) for test in tests_of(tests)]
+def run_python(arguments: list[str], **environment: str) -> tuple[int, str]:
+    """Returns the status of another Python, and what it wrote."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    environment = {**kept, "BMTARD_SIMT_MODULE": str(module), **environment}
-    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     try:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            cwd=harness.ROOT, env=environment, timeout=SECONDS, check=False,
+            [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", cwd=harness.ROOT, env={**kept, **environment},
+            timeout=SECONDS, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         return -1, f"timed out\n{error.output!r}"
     return done.returncode, done.stdout
+
+
+def run_tests(module: Path, tests: str, **environment: str) -> tuple[int, str]:
+    """Runs tests of tests/simt on a module in another process; returns its status and output."""
+    arguments = ["-m", "pytest", "-x", "-q", "--tb=short", "--capture=sys"]
+    # torch, which the other tests want, takes longer to load than these tests take.
+    arguments += ["--confcutdir", str(harness.SOURCE), "-p", "no:cacheprovider"]
+    arguments += [str(harness.SOURCE / test) for test in tests_of(tests)]
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    return run_python(arguments, BMTARD_SIMT_MODULE=str(module), **environment)

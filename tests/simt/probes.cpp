@@ -1,6 +1,7 @@
 // Small kernels that do one thing wrong each, to show that the machine sees it.
 #include "probes.h"
 
+#include <climits>
 #include <map>
 
 #include "simt.cuh"
@@ -78,6 +79,19 @@ BMTARD_KERNEL(kThreads) uneven_groups(int* out) {
   out[thread] = sum + simt::shuffle_xor(simt::kFullWarp, sum, 16);
 }
 
+// What only sanitizers see: an index that overflows on its way to a good one, and a value
+// past the end that makes no difference.
+BMTARD_KERNEL(kThreads) overflowing_index(int* out) {
+  const int thread = simt::thread_id();
+  const int far = (thread + 1) * (INT_MAX / 2);
+  out[thread] = far == 0;
+}
+
+BMTARD_KERNEL(kThreads) read_past_the_end(int* out) {
+  const int thread = simt::thread_id();
+  out[thread] = simt::load(out + thread + 1) == INT_MIN;
+}
+
 // As pass_on, from each block to the next of its cluster or grid.
 BMTARD_KERNEL(kThreads) pass_to_the_next_block(int* out, bool barrier, bool stay) {
   BMTARD_SHARED(int, value, 1);
@@ -124,8 +138,10 @@ BMTARD_KERNEL(kThreads) different_cluster_barriers(int*) {
 BMTARD_KERNEL(kThreads) grid_waits(int* out) {
   if (simt::block_id() == 0 && simt::thread_id() == 0) simt::store(out + kThreads - 1, 7);
   simt::grid_barrier();
+  const int seen = simt::load(out + kThreads - 1);
+  simt::grid_barrier();
   if (simt::thread_id() < kPart) {
-    out[simt::block_id() * kPart + simt::thread_id()] = simt::load(out + kThreads - 1);
+    simt::store(out + simt::block_id() * kPart + simt::thread_id(), seen);
   }
 }
 
@@ -151,6 +167,8 @@ std::vector<int> run_probe(const std::string& name) {
       {"source_not_in_the_mask", source_not_in_the_mask},
       {"lane_has_left", lane_has_left},
       {"misaligned", misaligned},
+      {"overflowing_index", overflowing_index},
+      {"read_past_the_end", read_past_the_end},
       {"uneven_groups", uneven_groups}};
   const std::map<std::string, void (*)(int*)> cluster_probes = {
       {"pass_on_in_cluster", pass_on_in_cluster},

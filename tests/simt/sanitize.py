@@ -39,11 +39,9 @@ def environment() -> dict[str, str]:
             raise harness.BuildError(f"{compiler} has no {library}, which AddressSanitizer needs")
         runtimes.append(path)
     return {
-        "BMTARD_SIMT_MODULE": str(FOLDER),
         "LD_PRELOAD": " ".join(runtimes),
-        # Python never frees what lives as long as the process. Rows far apart are in memory that
-        # is mapped and never used.
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+        # Python never frees what lives as long as the process.
+        "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
 
@@ -54,9 +52,8 @@ def main(arguments: list[str]) -> int:
     # Reports go to stderr, which pytest would take and lose with the process.
     command += ["--capture=sys", "--confcutdir", str(harness.SOURCE)]
     command += arguments or [str(harness.SOURCE)]
-    return subprocess.run(
-        command, cwd=harness.ROOT, env={**os.environ, **environment()}, check=False
-    ).returncode
+    environ = {**os.environ, **environment(), "BMTARD_SIMT_MODULE": str(FOLDER)}
+    return subprocess.run(command, cwd=harness.ROOT, env=environ, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -109,6 +109,9 @@ void exchange(uint32_t mask, int source_lane, const void* in, void* out, size_t 
 bool vote_any(uint32_t mask, bool predicate, const char* file, int line);
 void barrier(Scope scope, const char* file, int line);
 void check_alignment(const void* address, size_t bytes);
+// Under AddressSanitizer: whoever touches these bytes ends the process with a report.
+void forbid(const void* from, size_t bytes);
+bool sanitized();
 void run(const Grid& grid, const std::function<void()>& thread_body);
 
 }  // namespace host
