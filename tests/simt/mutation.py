@@ -99,11 +99,11 @@ def build(source: str, name: str, mutant: Mutant | None = None, base: Path = har
     command[command.index("-o") + 1] = str(folder / "unit.o")
     command[command.index("-c") + 1] = str(folder / "csrc" / source)
     # Quick to compile; an edit may leave a variable unused.
-    command += ["-O0", "-g0", "-w"]
+    command += ["-O0", "-w"]
     # The linker keeps the first of equal inline functions: that of the mutant.
     sanitize = [word for word in command if word.startswith("-fsanitize=")]
     module = folder / next(base.glob("bmtard_simt*.so")).name
-    link = [command[0], "-shared", "-s", *sanitize, "-o", str(module), str(folder / "unit.o")]
+    link = [command[0], "-shared", *(sanitize or ["-s"]), "-o", str(module), str(folder / "unit.o")]
     for words in (command, [*link, *others]):
         done = subprocess.run(words, capture_output=True, text=True, cwd=base, check=False)
         if done.returncode != 0:

@@ -19,6 +19,7 @@ from pathlib import Path
 from . import harness
 
 SANITIZERS = "address,undefined"
+REPORTED = 99  # the exit status after a report of AddressSanitizer
 FOLDER = harness.ROOT / "build" / "simt-sanitized"
 
 
@@ -41,7 +42,7 @@ def environment() -> dict[str, str]:
     return {
         "LD_PRELOAD": " ".join(runtimes),
         # Python never frees what lives as long as the process.
-        "ASAN_OPTIONS": "detect_leaks=0",
+        "ASAN_OPTIONS": f"detect_leaks=0:exitcode={REPORTED}",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
 

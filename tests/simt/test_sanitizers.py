@@ -3,8 +3,8 @@ plain module does not. ``make sanitize`` runs every test of this folder so; here
 
 from __future__ import annotations
 
-import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +96,6 @@ def test_mutant_is_seen(mutant, environment):
     name = f"sanitized-{mutant.name}"
     module = mutation.build(mutant.source, name, mutant, sanitize.FOLDER)
     status, output = mutation.run_tests(module, mutant.tests, **environment)
-    assert status not in (0, 1), output
+    assert status == sanitize.REPORTED, output
     assert re.search(f"AddressSanitizer: ({mutant.caught})", output), output
-    assert os.path.basename(mutant.source) in output or os.path.basename(mutant.file) in output
+    assert Path(mutant.source).name in output
