@@ -10,6 +10,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <unordered_map>
 
 #include "simt.cuh"
 
@@ -85,6 +86,7 @@ struct Machine {
   const Fiber* last_to_wait = nullptr;
   int exited = 0;
   uint32_t round = 1;  // counts the common barriers
+  uint32_t launch = 0;
   bool cooperative = false;
   size_t dynamic_bytes = 0;
   const std::function<void()>* body = nullptr;
@@ -130,8 +132,8 @@ void arrive([[maybe_unused]] const Context& here, [[maybe_unused]] Context* from
 
 #if defined(__SANITIZE_ADDRESS__)
 // AddressSanitizer's own costs a system call each time.
-const auto switch_to = reinterpret_cast<void (*)(jmp_buf, int)>(
-    dlsym(dlopen("libc.so.6", RTLD_NOW), "_longjmp"));
+const auto switch_to =
+    reinterpret_cast<void (*)(jmp_buf, int)>(dlsym(dlopen("libc.so.6", RTLD_NOW), "_longjmp"));
 #else
 constexpr auto switch_to = _longjmp;
 #endif
@@ -515,6 +517,114 @@ void check_alignment(const void* address, size_t bytes) {
   }
 }
 
+namespace {
+
+// Who touched a piece of global memory last, and when. -1: several, between which the
+// rest does not matter.
+struct Touch {
+  uint32_t launch = 0;
+  int team = 0;  // the first of the blocks that run side by side
+  uint32_t round = 0;
+  int block = 0;
+  uint32_t epoch = 0;
+  int thread = 0;
+
+  // Whether no barrier lies between this and `now`.
+  bool beside(const Touch& now) const {
+    if (launch != now.launch) return false;
+    if (team != now.team) return true;
+    if (round != now.round) return false;
+    if (block != now.block) return true;
+    return epoch == now.epoch && thread != now.thread;
+  }
+
+  // One reader more; what later writers are checked against stays the strictest.
+  void join(const Touch& now) {
+    if (launch != now.launch) {
+      *this = now;
+    } else if (team != now.team) {
+      team = -1;
+    } else if (round != now.round) {
+      *this = now;
+    } else if (block != now.block) {
+      block = -1;
+    } else if (epoch != now.epoch) {
+      *this = now;
+    } else if (thread != now.thread) {
+      thread = -1;
+    }
+  }
+
+  std::string who() const {
+    if (team == -1 || block == -1) return "several blocks";
+    return "block " + std::to_string(block) +
+           (thread == -1 ? ", several threads" : " thread " + std::to_string(thread));
+  }
+};
+
+// The last accesses to each two bytes, the smallest that a kernel touches.
+class GlobalMemory {
+ public:
+  void start_launch() {
+    if (pages_.size() > kManyPages) {
+      pages_.clear();
+      last_page_ = nullptr;
+    }
+  }
+
+  void access(uintptr_t address, size_t bytes, bool write, const Touch& now) {
+    for (uintptr_t piece = address / kPiece; piece < (address + bytes) / kPiece; ++piece) {
+      Piece& here = at(piece);
+      if (here.written.beside(now)) race(write ? "writes" : "reads", "written", here.written);
+      if (write) {
+        if (here.read.beside(now)) race("writes", "read", here.read);
+        here.written = now;
+      } else {
+        here.read.join(now);
+      }
+    }
+  }
+
+ private:
+  struct Piece {
+    Touch written, read;
+  };
+  static constexpr uintptr_t kPiece = 2;
+  static constexpr uintptr_t kPagePieces = 2048;
+  static constexpr size_t kManyPages = 2048;
+  using Page = std::vector<Piece>;
+
+  Piece& at(uintptr_t piece) {
+    const uintptr_t number = piece / kPagePieces;
+    if (!last_page_ || number != last_number_) {
+      Page& page = pages_[number];
+      page.resize(kPagePieces);
+      last_page_ = page.data();
+      last_number_ = number;
+    }
+    return last_page_[piece % kPagePieces];
+  }
+
+  [[noreturn]] static void race(const char* does, const char* was, const Touch& other) {
+    throw Fault("race in global memory: " + place(position.thread) + " " + does + " what was " +
+                was + " by " + other.who() + ", without a barrier between");
+  }
+
+  std::unordered_map<uintptr_t, Page> pages_;
+  Piece* last_page_ = nullptr;
+  uintptr_t last_number_ = 0;
+};
+
+GlobalMemory global_memory;
+
+}  // namespace
+
+void global_access(const void* address, size_t bytes, bool write) {
+  global_memory.access(reinterpret_cast<uintptr_t>(address), bytes, write,
+                       {machine.launch, machine.first_block, machine.round, position.block,
+                        my_block().epoch, position.thread});
+}
+
 bool sanitized() {
 #if defined(__SANITIZE_ADDRESS__)
   return true;
@@ -531,6 +641,8 @@ void forbid([[maybe_unused]] const void* from, [[maybe_unused]] size_t bytes) {
 
 void run(const Grid& grid, const std::function<void()>& thread_body) {
   ++counters.launches;
+  ++machine.launch;
+  global_memory.start_launch();
   const int blocks = static_cast<int>(grid.blocks);
   const int together = grid.cooperative ? blocks : grid.cluster;
   machine.body = &thread_body;

@@ -107,7 +107,8 @@ class Workspace {
 py::array_t<uint8_t> allocate(size_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 16, bytes) != 0) throw std::bad_alloc();
-  return py::array_t<uint8_t>(bytes, static_cast<uint8_t*>(memory), py::capsule(memory, &std::free));
+  return py::array_t<uint8_t>(bytes, static_cast<uint8_t*>(memory),
+                              py::capsule(memory, &std::free));
 }
 
 void forbid(py::array_t<uint8_t, py::array::c_style> bytes) {
