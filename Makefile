@@ -12,7 +12,7 @@ CXX_FILES = $(shell git ls-files '*.h' '*.cuh' '*.cpp' '*.cu')
 SOURCES := CMakeLists.txt setup.py $(shell find cmake csrc tests/simt -type f -name '*.[ch]*' 2>/dev/null)
 INSTALL := env BMTARD_CUDA_ARCHS="$(ARCHS)" BMTARD_BUILD_TESTS=1 $(BIN)/pip install --no-build-isolation
 
-.PHONY: help venv demo test lint format wheel test-wheel bench clean
+.PHONY: help venv demo test sanitize lint format wheel test-wheel bench clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## /\1\t/p' Makefile | expand -t 12
@@ -24,6 +24,9 @@ demo: venv  ## train B-MTARD and its baselines on the bundled digits
 
 test: venv  ## all tests that this machine can run
 	BMTARD_REQUIRE_NATIVE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+sanitize: venv  ## the CUDA kernels on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simt.sanitize $(PYTEST_ARGS) tests/simt
 
 lint: venv  ## check style and types; changes nothing
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     # Reports go to stderr, which pytest would take and lose with the process.
     command += ["--capture=sys", "--confcutdir", str(harness.SOURCE)]
-    command += arguments or [str(harness.SOURCE)]
+    command += arguments or ["tests/simt"]
     environ = {**os.environ, **environment(), "BMTARD_SIMT_MODULE": str(FOLDER)}
     return subprocess.run(command, cwd=harness.ROOT, env=environ, check=False).returncode
 
