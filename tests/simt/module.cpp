@@ -98,7 +98,7 @@ class Workspace {
   }
 
  private:
-  static constexpr size_t kGuard = 256;
+  static constexpr size_t kGuard = 64 * 1024;
   size_t bytes_;
   std::vector<unsigned char> memory_;
 };

@@ -2,9 +2,9 @@
 
     python -m tests.simt.sanitize [pytest arguments]
 
-Builds the module with both into build/simt-sanitized and runs the tests of this folder on it. Python
-itself is not instrumented, so the runtime of AddressSanitizer has to be loaded before it. Then every
-array that a kernel gets ends where its memory ends, see harness.py.
+Builds the module with both into build/simt-sanitized and runs the tests of this folder on it.
+Python itself is not instrumented, so the runtime of AddressSanitizer has to be loaded before it.
+Every array that a kernel gets ends where its memory ends, see harness.py.
 """
 
 from __future__ import annotations

@@ -12,13 +12,28 @@ from .mutation import Mutant
 
 WRONG = "Not equal to tolerance|Arrays are not equal"
 RACE = "race: "
+GLOBAL_RACE = "race in global memory"
+UNWRITTEN = "before it is written|that its block has not touched"
+LEFT = "of a block that threads have left|leaves while others wait"
 OUTSIDE = "a kernel wrote (past|before) an output"
 
 ENTROPY = "test_softmax_entropy.py::test_forward_and_backward[{}]"
+ENTROPY_SPLIT = "test_clusters.py::test_softmax_entropy[packed-{}-(1, 9001)-float32]"
 ENTROPY_MASKED = "test_softmax_entropy.py::test_masked_and_non_finite_rows[{}]"
 KL = "test_multi_teacher_kl.py::test_forward_and_backward[{}]"
 KL_MASKED = "test_multi_teacher_kl.py::test_masked_and_non_finite_rows[{}]"
 KL_SHARED = "test_multi_teacher_kl.py::test_shared_student_or_teacher[{}]"
+KL_SPLIT = "test_clusters.py::test_multi_teacher_kl[True-1e-05-(1, 9001)-float32]"
+BISECT = "test_bisect_temperature.py::test_by_sample[{}]"
+BISECT_SPLIT = "test_clusters.py::test_bisect_by_sample[0-float32]"
+BISECT_BATCH = "test_bisect_temperature.py::test_of_the_batch[0-(37, 10)-float32]"
+BISECT_GRID = "test_bisect_temperature.py::test_of_a_batch_for_many_blocks[(331, 100)-float32]"
+LOSS = "test_bmtard_loss.py::test_steps_of_a_small_batch_in_one_launch[{}]"
+LOSS_BLOCK = LOSS.format("(37, 10)-float32-bisect")
+LOSS_CLUSTER = LOSS.format("(128, 200)-float32-bisect")
+LOSS_GRID = "test_bmtard_loss.py::test_steps_of_a_large_batch[(40, 1001)-float32-bisect]"
+LOSS_OF_16 = "test_bmtard_loss.py::test_as_many_teachers_as_there_can_be"
+SUMS = "test_bisect_temperature.py::test_the_mean_of_equal_rows[float64]"
 LINF = "test_pgd_step.py::test_linf[{}]"
 L2 = "test_pgd_step.py::test_l2[{}]"
 ROWS_FAR_APART = "test_layouts.py::test_rows_far_apart[{}]"
@@ -42,6 +57,24 @@ def pgd(name: str, old: str, new: str, tests: str, caught: str, **more) -> Mutan
     return Mutant(name, "cuda/pgd_step.cu", old, new, tests, caught, **more)
 
 
+def batch(name: str, old: str, new: str, tests: str, caught: str, **more) -> Mutant:
+    """Of batch.cuh, seen by bisect_temperature."""
+    settings = {"unit": "cuda/bisect_temperature.cu", **more}
+    return Mutant(name, "cuda/batch.cuh", old, new, tests, caught, **settings)
+
+
+def bisect(name: str, old: str, new: str, tests: str, caught: str, **more) -> Mutant:
+    return Mutant(name, "cuda/bisect_temperature.cu", old, new, tests, caught, **more)
+
+
+def loss(name: str, old: str, new: str, tests: str, caught: str, **more) -> Mutant:
+    return Mutant(name, "cuda/bmtard_loss.cu", old, new, tests, caught, **more)
+
+
+IN_LOSS = {"unit": "cuda/bmtard_loss.cu"}
+IN_KL = {"unit": "cuda/multi_teacher_kl.cu"}
+IN_BISECT = {"unit": "cuda/bisect_temperature.cu"}
+
 REDUCTIONS = [
     rows(
         "block-barrier",
@@ -53,11 +86,11 @@ REDUCTIONS = [
     ),
     rows(
         "scratch-by-turns",
-        "turn_ ^= 1;",
-        "",
-        L2.format("0.05-(2, 3072)-float32"),
+        "turn_ ^= 1;\n    const int base",
+        "const int base",
+        BISECT.format("0-1025-float32"),
         RACE,
-        unit="cuda/pgd_step.cu",
+        unit="cuda/bisect_temperature.cu",
     ),
     rows(
         "scratch-half-as-large",
@@ -165,14 +198,14 @@ ROWS = [
         "if (j < classes) simt::store",
         "simt::store",
         ENTROPY.format("10-float32"),
-        f"{OUTSIDE}|{WRONG}|{RACE}",
+        f"{OUTSIDE}|{WRONG}|{GLOBAL_RACE}",
     ),
     rows(
         "store-tail-by-one",
         "if (j < classes) simt::store",
         "if (j <= classes) simt::store",
         ENTROPY.format("10-float32"),
-        f"{OUTSIDE}|{WRONG}|{RACE}",
+        f"{OUTSIDE}|{WRONG}|{GLOBAL_RACE}",
     ),
     rows(
         "packed-load-over-the-tail",
@@ -199,8 +232,8 @@ ROWS = [
     ),
     rows(
         "streamed-tail-tile",
-        "tile < (classes + Shape::kSpan - 1) / Shape::kSpan;",
-        "tile < classes / Shape::kSpan;",
+        "return ((classes + Shape::kSpan - 1) / Shape::kSpan",
+        "return (classes / Shape::kSpan",
         ENTROPY.format("1025-float32"),
         WRONG,
     ),
@@ -276,10 +309,10 @@ ROWS = [
     ),
     rows(
         "one-row-a-block",
-        "+\n           simt::thread_id() / Shape::kLanes;",
-        ";",
+        "return static_cast<int64_t>(block) * Shape::kRows + number();",
+        "return static_cast<int64_t>(block) * Shape::kRows;",
         ENTROPY.format("10-float32"),
-        f"{WRONG}|{RACE}",
+        GLOBAL_RACE,
     ),
 ]
 
@@ -358,7 +391,7 @@ SOFTMAX_ENTROPY = [
         "  const int classes = static_cast<int>(args.classes);\n"
         "  const R inverse = 1 / temperature_of<R>(args, row);\n  const Row",
         ENTROPY.format("10-float32"),
-        f"{OUTSIDE}|{WRONG}|{RACE}",
+        f"{OUTSIDE}|{WRONG}|{GLOBAL_RACE}",
     ),
     entropy(
         "entropy-backward-past-the-last-row",
@@ -414,51 +447,45 @@ MULTI_TEACHER_KL = [
         "if (n >= args.rows) return;",
         "if (false) return;",
         KL.format("0.0-10-float32"),
-        f"{OUTSIDE}|{WRONG}|{RACE}",
+        f"{OUTSIDE}|{WRONG}|{GLOBAL_RACE}",
         count=2,
     ),
     kl(
         "kl-rows-of-the-next-teacher",
-        "const int64_t n = group.first_row() - "
-        "static_cast<int64_t>(k) * blocks_a_teacher * Shape::kRows;",
-        "const int64_t n = group.first_row();",
+        "group.number(group.block_id() % blocks_a_teacher);",
+        "group.number(group.block_id());",
         KL.format("0.0-10-float32"),
         WRONG,
-    ),
-    kl(
-        "kl-backward-rows-of-the-next-teacher",
-        "group.first_row() - static_cast<int64_t>(part) * blocks_a_teacher * Shape::kRows;",
-        "group.first_row();",
-        KL.format("0.0-10-float32"),
-        WRONG,
+        count=2,
     ),
     kl(
         "kl-one-cache-for-two-rows",
-        "place * static_cast<int>(CachedRow<Shape>::stride(classes));",
-        "0;",
-        KL.format("0.0-1025-bfloat16"),
+        "place * cached_values<Shape>(classes),",
+        "0 * place,",
+        KL.format("1e-05-1025-bfloat16"),
         WRONG,
     ),
     kl(
         "kl-cache-for-one-row",
-        "cache_bytes<Shape>(args.classes, 2);",
-        "cache_bytes<Shape>(args.classes, 1);",
-        KL.format("0.0-1025-float32"),
+        "args.eps > 0 ? 2 : 0);",
+        "args.eps > 0 ? 1 : 0);",
+        KL.format("1e-05-1025-bfloat16"),
         "of a shared array of",
     ),
     rows(
         "cache-without-its-tail",
-        "return (classes + Shape::kSpan - 1) / Shape::kSpan * Shape::kSpan;",
+        "return tiles_of<Shape>(classes, Shape::kSplit ? simt::cluster_blocks() : 1) "
+        "* Shape::kSpan;",
         "return classes;",
-        KL.format("0.0-1025-bfloat16"),
+        KL.format("1e-05-1025-bfloat16"),
         f"{RACE}|misaligned|of a shared array of",
         unit="cuda/multi_teacher_kl.cu",
     ),
     rows(
         "cache-of-the-first-lane",
-        "offset_(offset + lane * Shape::kWidth),",
-        "offset_(offset),",
-        KL.format("0.0-1025-bfloat16"),
+        "offset_(offset + lane * Shape::kWidth - first_tile",
+        "offset_(offset - first_tile",
+        KL.format("1e-05-1025-bfloat16"),
         RACE,
         unit="cuda/multi_teacher_kl.cu",
     ),
@@ -520,33 +547,33 @@ PGD_STEP = [
         "static_cast<int64_t>(simt::block_id()) * Shape::kMaxClasses;",
         "static_cast<int64_t>(simt::block_id()) * (Shape::kMaxClasses - 1);",
         LINF.format("1-(1, 4097)-float32"),
-        f"{WRONG}|{RACE}",
+        f"{WRONG}|{GLOBAL_RACE}",
     ),
     pgd(
         "l2-tail-in-the-norm",
-        "if (class_of<Shape>(tile, i, lane, packed) < size) squared",
-        "squared",
+        "if (class_of<Shape>(tile, i, group.lane, packed) >= size) continue;",
+        "",
         L2.format("0.05-(3, 10)-float32"),
         WRONG,
     ),
     pgd(
         "l2-step-without-a-direction",
-        "if (step > R(0)) values",
-        "values",
+        "moves ? values.value[i] + step * gradient.value[i] : values.value[i];",
+        "values.value[i] + step * gradient.value[i];",
         "test_pgd_step.py::test_l2_makes_no_step_without_a_direction[float32]",
         WRONG,
     ),
     pgd(
-        "l2-norm-kept-from-before",
-        "  squared[0] = 0;\n",
-        "",
-        L2.format("0.05-(2, 3072)-float32"),
+        "l2-norm-without-a-direction",
+        "moves ? sums[1] + step * (2 * sums[2] + step * sums[0]) : sums[1];",
+        "sums[1] + step * (2 * sums[2] + step * sums[0]);",
+        "test_pgd_step.py::test_l2_projects_without_a_direction[float32]",
         WRONG,
     ),
     pgd(
         "l2-norm-of-one-thread",
-        "  block.reduce(squared, Add{});\n  const R projection",
-        "  const R projection",
+        "  group.sum(sums);\n  const R step",
+        "  const R step",
         L2.format("0.05-(2, 3072)-float32"),
         WRONG,
     ),
@@ -584,7 +611,453 @@ PGD_STEP = [
     ),
 ]
 
-MUTANTS = [*REDUCTIONS, *ROWS, *STATISTICS, *SOFTMAX_ENTROPY, *MULTI_TEACHER_KL, *PGD_STEP]
+CLUSTERS = [
+    rows(
+        "cluster-barrier",
+        "    simt::cluster_barrier();\n    BMTARD_UNROLL\n    for (int i = 0; i < n; ++i) {\n"
+        "      values[i] = scratch.get_from",
+        "    BMTARD_UNROLL\n    for (int i = 0; i < n; ++i) {\n      values[i] = scratch.get_from",
+        ENTROPY_SPLIT.format(2),
+        f"{RACE}|{UNWRITTEN}",
+    ),
+    rows(
+        "cluster-barrier-of-the-block",
+        "    simt::cluster_barrier();\n    BMTARD_UNROLL\n    for (int i = 0; i < n; ++i) {\n"
+        "      values[i] = scratch.get_from",
+        "    simt::block_barrier();\n    BMTARD_UNROLL\n    for (int i = 0; i < n; ++i) {\n"
+        "      values[i] = scratch.get_from",
+        ENTROPY_SPLIT.format(2),
+        f"{RACE}|{UNWRITTEN}",
+    ),
+    rows(
+        "cluster-scratch-by-turns",
+        "turn_ ^= 1;\n    if (simt::thread_id() == 0) {",
+        "if (simt::thread_id() == 0) {",
+        BISECT_SPLIT,
+        RACE,
+        **IN_BISECT,
+    ),
+    rows(
+        "cluster-scratch-half-as-large",
+        "BMTARD_SHARED(V, scratch, 2 * n);",
+        "BMTARD_SHARED(V, scratch, n);",
+        ENTROPY_SPLIT.format(2),
+        "of a shared array of",
+    ),
+    rows(
+        "cluster-scratch-writer",
+        "    if (simt::thread_id() == 0) {\n      BMTARD_UNROLL\n"
+        "      for (int i = 0; i < n; ++i) scratch.set(turn_",
+        "    {\n      BMTARD_UNROLL\n      for (int i = 0; i < n; ++i) scratch.set(turn_",
+        ENTROPY_SPLIT.format(2),
+        RACE,
+    ),
+    rows(
+        "cluster-drops-a-block",
+        "rank = 1; rank < simt::cluster_blocks();",
+        "rank = 1; rank < simt::cluster_blocks() - 1;",
+        ENTROPY_SPLIT.format(8),
+        WRONG,
+    ),
+    rows(
+        "cluster-of-one-more",
+        "rank = 1; rank < simt::cluster_blocks();",
+        "rank = 1; rank <= simt::cluster_blocks();",
+        ENTROPY_SPLIT.format(8),
+        "reads from block . of a cluster",
+    ),
+    rows(
+        "cluster-leaves-too-early",
+        "  BMTARD_DEVICE void leave() const {\n    if constexpr (Shape::kSplit) {\n"
+        "      if (simt::cluster_blocks() > 1) simt::cluster_barrier();\n    }\n  }",
+        "  BMTARD_DEVICE void leave() const {}",
+        ENTROPY_SPLIT.format(2),
+        LEFT,
+    ),
+    # All of them write the same, so only the race shows.
+    rows(
+        "cluster-writes-in-every-block",
+        "return lane == 0 && simt::cluster_rank() == 0;",
+        "return lane == 0;",
+        ENTROPY_SPLIT.format(2),
+        GLOBAL_RACE,
+    ),
+    rows(
+        "cluster-writes-in-every-lane",
+        "return lane == 0 && simt::cluster_rank() == 0;\n    return lane == 0;",
+        "return simt::cluster_rank() == 0;\n    return lane == 0;",
+        ENTROPY_SPLIT.format(2),
+        GLOBAL_RACE,
+    ),
+    rows(
+        "group-writes-in-every-lane",
+        "simt::cluster_rank() == 0;\n    return lane == 0;",
+        "simt::cluster_rank() == 0;\n    return true;",
+        ENTROPY.format("10-float32"),
+        GLOBAL_RACE,
+    ),
+    rows(
+        "cluster-rows-by-block",
+        "return simt::block_id() / simt::cluster_blocks();",
+        "return simt::block_id();",
+        "test_clusters.py::test_softmax_entropy[packed-2-(3, 8192)-float32]",
+        f"{LEFT}|other threads have left|{WRONG}|a grid",
+    ),
+    rows(
+        "cluster-first-tile",
+        "return simt::cluster_rank() * tiles_of",
+        "return 0 * tiles_of",
+        ENTROPY_SPLIT.format(2),
+        WRONG,
+    ),
+    rows(
+        "cluster-tail-tile",
+        "/ Shape::kSpan + blocks - 1) / blocks;",
+        "/ Shape::kSpan) / blocks;",
+        ENTROPY_SPLIT.format(2),
+        WRONG,
+    ),
+    rows(
+        "cluster-cache-from-the-first-tile",
+        "- first_tile<Shape>(classes) * Shape::kSpan),",
+        "),",
+        KL_SPLIT,
+        "of a shared array of",
+        **IN_KL,
+    ),
+]
+
+BATCHES = [
+    batch(
+        "team-grid-barrier",
+        "        simt::grid_barrier();\n",
+        "",
+        BISECT_GRID,
+        f"{GLOBAL_RACE}",
+    ),
+    batch(
+        "team-grid-barrier-of-the-block",
+        "simt::grid_barrier();",
+        "simt::block_barrier();",
+        BISECT_GRID,
+        GLOBAL_RACE,
+    ),
+    batch(
+        "team-cluster-barrier",
+        "        simt::cluster_barrier();\n        add_up_cluster",
+        "        add_up_cluster",
+        LOSS_CLUSTER,
+        f"{RACE}|{UNWRITTEN}",
+        **IN_LOSS,
+    ),
+    batch(
+        "team-cluster-barrier-of-the-block",
+        "        simt::cluster_barrier();\n        add_up_cluster",
+        "        simt::block_barrier();\n        add_up_cluster",
+        LOSS_CLUSTER,
+        f"{RACE}|{UNWRITTEN}",
+        **IN_LOSS,
+    ),
+    batch(
+        "team-block-barrier",
+        "    simt::block_barrier();\n  }\n\n  BMTARD_DEVICE double total",
+        "  }\n\n  BMTARD_DEVICE double total",
+        LOSS_BLOCK,
+        f"{RACE}|{UNWRITTEN}",
+        **IN_LOSS,
+    ),
+    batch(
+        "team-leaves-too-early",
+        "if (in_cluster()) simt::cluster_barrier();",
+        "",
+        LOSS_CLUSTER,
+        LEFT,
+        **IN_LOSS,
+    ),
+    batch("team-slots-by-turns", "turn_ ^= 1;", "", BISECT_GRID, GLOBAL_RACE),
+    batch("team-cluster-by-turns", "turn_ ^= 1;", "", LOSS_CLUSTER, RACE, **IN_LOSS),
+    batch(
+        "team-slots-of-the-last-round",
+        "simt::load(slot(from, set) + i);",
+        "simt::load(memory_.slots + (((turn_ ^ 1) * kMaxSlots + from) * sets_ + set) * kSums + i);",
+        BISECT_GRID,
+        f"{WRONG}|assert",
+    ),
+    batch(
+        "team-slots-of-one-set",
+        "(turn_ * kMaxSlots + block) * sets_ + set) * kSums;",
+        "(turn_ * kMaxSlots + block) * sets_) * kSums;",
+        LOSS_GRID,
+        f"{WRONG}|{GLOBAL_RACE}",
+        **IN_LOSS,
+    ),
+    batch(
+        "team-every-thread-gives",
+        "    block_.reduce(sums, Add{});\n    if (simt::thread_id() != 0) return;",
+        "    block_.reduce(sums, Add{});",
+        BISECT_GRID,
+        GLOBAL_RACE,
+    ),
+    batch(
+        "team-every-thread-adds-up",
+        "if (simt::thread_id() != 0) continue;",
+        "",
+        BISECT_GRID,
+        RACE,
+    ),
+    batch(
+        "team-every-lane-gives",
+        "    if (group.lane != 0) {\n      BMTARD_UNROLL\n"
+        "      for (int i = 0; i < kSums; ++i) sums[i] = 0;\n    }\n",
+        "",
+        BISECT_BATCH,
+        f"{WRONG}|assert",
+    ),
+    batch(
+        "team-drops-a-block",
+        "from < simt::grid_blocks(); from += threads",
+        "from < simt::grid_blocks() - 1; from += threads",
+        BISECT_GRID,
+        f"{WRONG}|assert",
+    ),
+    batch(
+        "sums-in-single-precision",
+        "memory_.totals.set(set * kSums + i, sums[i]);",
+        "memory_.totals.set(set * kSums + i, static_cast<float>(sums[i]));",
+        SUMS,
+        WRONG,
+        count=2,
+    ),
+    batch(
+        "share-past-the-last-row",
+        "end_(first_ + rows_ < rows ? first_ + rows_ : rows)",
+        "end_(first_ + rows_)",
+        LOSS_GRID,
+        f"{WRONG}|{GLOBAL_RACE}|{OUTSIDE}|workspace",
+        **IN_LOSS,
+    ),
+    batch(
+        "share-without-the-last-rows",
+        "rows_((rows + simt::grid_blocks() - 1) / simt::grid_blocks())",
+        "rows_(rows / simt::grid_blocks())",
+        LOSS_GRID,
+        WRONG,
+        **IN_LOSS,
+    ),
+    batch(
+        "share-one-place-for-all-matrices",
+        "(matrix * rows_ + n - first_) *",
+        "(n - first_) *",
+        LOSS_CLUSTER,
+        WRONG,
+        **IN_LOSS,
+    ),
+    batch(
+        "share-one-matrix-more",
+        "matrix >= cached_matrices_ ?",
+        "matrix > cached_matrices_ ?",
+        LOSS_GRID,
+        "of a shared array of",
+        **IN_LOSS,
+    ),
+    bisect(
+        "bisect-first-barrier",
+        "  simt::block_barrier();\n  for (int32_t phase",
+        "  for (int32_t phase",
+        BISECT_BATCH,
+        f"{RACE}|{UNWRITTEN}",
+    ),
+    bisect(
+        "bisect-barrier-of-a-round",
+        "    simt::block_barrier();\n  }\n  if (decides && simt::block_id() == 0)",
+        "  }\n  if (decides && simt::block_id() == 0)",
+        BISECT_BATCH,
+        f"{RACE}|{UNWRITTEN}",
+    ),
+    bisect(
+        "bisect-every-block-writes",
+        "if (decides && simt::block_id() == 0) {",
+        "if (decides) {",
+        BISECT_GRID,
+        GLOBAL_RACE,
+    ),
+    bisect(
+        "bisect-every-thread-writes",
+        "if (decides && simt::block_id() == 0) {",
+        "if (simt::block_id() == 0) {",
+        BISECT_GRID,
+        RACE,
+    ),
+    bisect(
+        "bisect-past-the-last-row",
+        "if (n >= args.rows) return;",
+        "",
+        BISECT.format("0-10-float32"),
+        f"{OUTSIDE}|{WRONG}|assert",
+    ),
+]
+
+LOSSES = [
+    loss(
+        "loss-first-barrier",
+        "    searching.set(thread, true);\n  }\n  simt::block_barrier();",
+        "    searching.set(thread, true);\n  }",
+        LOSS_BLOCK,
+        f"{RACE}|{UNWRITTEN}",
+    ),
+    loss(
+        "loss-barrier-of-a-round",
+        "next.set(0, decided);\n    }\n    simt::block_barrier();",
+        "next.set(0, decided);\n    }",
+        LOSS_BLOCK,
+        f"{RACE}|{UNWRITTEN}",
+    ),
+    loss(
+        "loss-barrier-before-it-settles",
+        "stopped = simt::any(simt::kFullWarp, stopped);\n  simt::block_barrier();",
+        "stopped = simt::any(simt::kFullWarp, stopped);",
+        LOSS_BLOCK,
+        f"{RACE}|{UNWRITTEN}",
+    ),
+    loss(
+        "loss-barrier-after-it-settles",
+        "simt::block_id() == 0);\n  simt::block_barrier();",
+        "simt::block_id() == 0);",
+        LOSS_BLOCK,
+        f"{RACE}|{UNWRITTEN}",
+    ),
+    loss(
+        "loss-every-block-writes-the-state",
+        "settle<R>(args, board, step, stopped, simt::block_id() == 0);",
+        "settle<R>(args, board, step, stopped, true);",
+        LOSS_CLUSTER,
+        GLOBAL_RACE,
+    ),
+    loss(
+        "loss-every-thread-settles",
+        "if (thread == 0) settle<R>",
+        "settle<R>",
+        LOSS_BLOCK,
+        RACE,
+    ),
+    loss(
+        "loss-every-lane-leaves-statistics",
+        "    if (group.lane == 0) {\n      R* const to",
+        "    {\n      R* const to",
+        LOSS_BLOCK,
+        GLOBAL_RACE,
+    ),
+    loss(
+        "loss-one-teacher-more",
+        "const bool owns = thread < args.teachers;",
+        "const bool owns = thread <= args.teachers;",
+        LOSS_OF_16,
+        "of a shared array of",
+    ),
+    loss(
+        "loss-highest-of-a-few",
+        "int distance = simt::kWarp / 2; distance > 0;",
+        "int distance = simt::kWarp / 8; distance > 0;",
+        LOSS_OF_16,
+        WRONG,
+    ),
+    loss(
+        "loss-shuffle-mask",
+        "simt::shuffle_xor(simt::kFullWarp, target",
+        "simt::shuffle_xor(0xffffu, target",
+        LOSS_BLOCK,
+        "leaves (it )?out",
+    ),
+    loss(
+        "loss-vote-mask",
+        "return simt::any(simt::kFullWarp, open)",
+        "return simt::any(0xffffu, open)",
+        LOSS_BLOCK,
+        "leaves (it )?out",
+    ),
+    loss(
+        "loss-votes-of-all-threads",
+        "if (thread < simt::kWarp) stopped = simt::any",
+        "if (owns) stopped = simt::any",
+        LOSS_BLOCK,
+        "deadlock|waits? |another",
+    ),
+    loss(
+        "loss-statistics-swapped",
+        "simt::load(from + 2 * plane), simt::load(from + 3 * plane)",
+        "simt::load(from + 3 * plane), simt::load(from + 2 * plane)",
+        LOSS_BLOCK,
+        WRONG,
+    ),
+    loss(
+        "loss-statistics-among-the-slots",
+        "slots + 2 * kMaxSlots * args.teachers * kSums",
+        "slots",
+        LOSS_GRID,
+        f"{GLOBAL_RACE}|{WRONG}",
+    ),
+    batch(
+        "loss-workspace-half-as-large",
+        "return 2 * kMaxSlots * sets * kSums;",
+        "return kMaxSlots * sets * kSums;",
+        LOSS_GRID,
+        "past its workspace",
+        **IN_LOSS,
+    ),
+    loss(
+        "loss-cache-that-was-never-filled",
+        "entropy_pass(args.teacher[k], k, phase == kTarget,",
+        "entropy_pass(args.teacher[k], k, false,",
+        LOSS_CLUSTER,
+        "before it is written",
+    ),
+    loss(
+        "loss-packed-whatever-the-gradient",
+        "(!args.grad_student[k] || packable(args.dtype, args.grad_student[k], args.classes));",
+        "true;",
+        "test_layouts.py::test_bmtard_loss[shifted-0-10-float32]",
+        "misaligned",
+    ),
+    Mutant(
+        "loss-online-maxima-of-one-thread",
+        "cuda/kl_row.cuh",
+        "  group.reduce(maxima, Max{});\n",
+        "",
+        KL.format("0.0-1025-float32"),
+        WRONG,
+        **IN_KL,
+    ),
+    Mutant(
+        "kl-online-nothing-seen-yet",
+        "cuda/kl_row.cuh",
+        "student_max == new_student_max ? R(0) : (student_max",
+        "(student_max",
+        KL.format("0.0-1025-float32"),
+        WRONG,
+        **IN_KL,
+    ),
+    Mutant(
+        "kl-online-infinite-without-weight",
+        "cuda/kl_row.cuh",
+        "difference = weight == R(0) ? R(0) : scale",
+        "difference = scale",
+        KL.format("0.0-1025-float32") + " " + KL_MASKED.format("0.0-1100-float32"),
+        WRONG,
+        **IN_KL,
+    ),
+]
+
+MUTANTS = [
+    *REDUCTIONS,
+    *ROWS,
+    *STATISTICS,
+    *SOFTMAX_ENTROPY,
+    *MULTI_TEACHER_KL,
+    *PGD_STEP,
+    *CLUSTERS,
+    *BATCHES,
+    *LOSSES,
+]
 
 
 def unmutated() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, and that these see what the
-plain module does not. ``make sanitize`` runs every test of this folder so; here is one of a kind."""
+plain module does not. ``make sanitize`` runs every test of this folder so; here is one of a kind.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from . import harness as h
 from . import mutation, sanitize
 from .mutation import Mutant
 
-# Each kernel in each of its shapes, aligned and not; and both dtypes that are no multiple of 4 bytes.
+# Each kernel in each of its shapes, aligned and not.
 TESTS = [
     "test_machine.py",
     "test_layouts.py::test_rows_far_apart",
