@@ -258,23 +258,27 @@ void run_blocks(std::mt19937_64& random) {
   std::iota(order.begin(), order.end(), 0);
   for (int i = 0; i < total; ++i) machine.fibers[i]->state = State::kReady;
   const size_t blocks = machine.blocks.size();
+  int ahead = -1;
+  bool moved = false;
   while (machine.exited < total) {
     if (settings.seed != 0) std::shuffle(order.begin(), order.end(), random);
-    // Most of the time one block runs ahead of the others: in turns alone they would all get
-    // everything done before the first leaves.
-    const bool hurries = settings.seed != 0 && blocks > 1 && random() % 4 != 0;
-    const int ahead = hurries ? static_cast<int>(random() % blocks) : -1;
-    bool moved = hurries;
+    // Most of the time one block runs ahead of the others for as long as it can: in turns alone
+    // they would all get everything done before the first leaves.
+    if (ahead < 0 || !moved) {
+      const bool hurries = settings.seed != 0 && blocks > 1 && random() % 4 != 0;
+      ahead = hurries ? static_cast<int>(random() % blocks) : -1;
+    }
+    moved = false;
     for (const int i : order) {
       Fiber& fiber = *machine.fibers[i];
-      if (fiber.state != State::kReady || (hurries && i / threads != ahead)) continue;
+      if (fiber.state != State::kReady || (ahead >= 0 && i / threads != ahead)) continue;
       moved = true;
       position.thread = i % threads;
       position.block = machine.first_block + i / threads;
       jump(machine.scheduler, fiber.context);
       if (machine.fault) std::rethrow_exception(std::exchange(machine.fault, nullptr));
     }
-    if (!moved) deadlock();
+    if (!moved && ahead < 0) deadlock();
   }
 }
 
