@@ -23,7 +23,7 @@ from . import harness
 CSRC = harness.ROOT / "csrc"
 MUTANTS = harness.ROOT / "build" / "mutants"
 # A mutant may wait for ever.
-SECONDS = 120
+SECONDS = 300
 
 
 @dataclass(frozen=True)
