@@ -18,7 +18,7 @@ CUDA_TORCH ?= torch==2.11.0
 # A GPU host may have its own Python with torch, and no network.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help venv demo test cuda-check gpu lint format wheel test-wheel bench clean
+.PHONY: help venv demo test sanitize cuda-check gpu lint format wheel test-wheel bench clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## /\1\t/p' Makefile | expand -t 12
@@ -30,6 +30,9 @@ demo: venv  ## train B-MTARD and its baselines on the bundled digits
 
 test: venv  ## all tests that this machine can run
 	BMTARD_REQUIRE_NATIVE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+sanitize: venv  ## the CUDA kernels on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simt.sanitize $(PYTEST_ARGS) tests/simt
 
 cuda-check: $(CUDA_VENV)/installed  ## compile the CUDA kernels, check their machine code; no GPU needed
 	$(CUDA_VENV)/bin/python tools/cuda_check.py

@@ -5,7 +5,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <map>
+#include <new>
 #include <optional>
 #include <string>
 #include <variant>
@@ -93,7 +95,9 @@ void set_coefficient(Args& args, const Array& coefficient) {
 // it must stay as it is.
 class Workspace {
  public:
-  explicit Workspace(size_t bytes) : bytes_(bytes), memory_(bytes + kGuard, 0xff) {}
+  explicit Workspace(size_t bytes) : bytes_(bytes), memory_(bytes + kGuard, 0xff) {
+    simt::host::forbid(memory_.data() + bytes, kGuard);
+  }
   void* data() { return memory_.data(); }
   void check() const {
     for (size_t i = bytes_; i < memory_.size(); ++i) {
@@ -102,10 +106,22 @@ class Workspace {
   }
 
  private:
-  static constexpr size_t kGuard = 256;
+  static constexpr size_t kGuard = 64 * 1024;
   size_t bytes_;
   std::vector<unsigned char> memory_;
 };
+
+// Memory at a multiple of 16 bytes that ends where it ends.
+py::array_t<uint8_t> allocate(size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 16, bytes) != 0) throw std::bad_alloc();
+  return py::array_t<uint8_t>(bytes, static_cast<uint8_t*>(memory),
+                              py::capsule(memory, &std::free));
+}
+
+void forbid(py::array_t<uint8_t, py::array::c_style> bytes) {
+  simt::host::forbid(bytes.data(), bytes.size());
+}
 
 void check(int error) {
   if (error != 0) throw std::runtime_error(cuda::error_string(error));
@@ -320,6 +336,9 @@ PYBIND11_MODULE(bmtard_simt, m) {
         return out;
       },
       "What has run since the last call.");
+  m.def("sanitized", &simt::host::sanitized, "Whether AddressSanitizer watches the kernels.");
+  m.def("allocate", &allocate, "Bytes at a multiple of 16.");
+  m.def("forbid", &forbid, "What a sanitized kernel shall not touch.");
   m.def("widen_float16", [](uint16_t bits) { return simt::widen(Float16{bits}); });
   m.def("narrow_float16", [](float x) { return simt::to_float16(x).bits; });
   m.def("widen_bfloat16", [](uint16_t bits) { return simt::widen(BFloat16{bits}); });

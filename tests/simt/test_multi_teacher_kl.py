@@ -238,6 +238,24 @@ def test_masked_and_non_finite_rows(c, dtype, eps):
     h.assert_close(got[2][0][finite], want[3], h.computed(dtype), ulp=256, floor=8)
 
 
+@pytest.mark.parametrize("dtype", h.DTYPES)
+@pytest.mark.parametrize("c", [20, 1000, 3000])
+def test_a_part_of_a_row_is_masked(c, dtype):
+    """So long a part that some threads see nothing else."""
+    s, t = h.draw(1, 6, c, dtype), h.draw(2, 6, c, dtype)
+    part = c - 3
+    s[0, :part] = t[0, :part] = -np.inf
+    s[1, 3:] = t[1, 3:] = -np.inf
+    t[2, :part] = -np.inf
+    s[3, :part] = -np.inf  # impossible for the student: infinite
+    s[4, 3:] = -np.inf
+    kl, _ = forward([h.place(s, dtype)], [h.place(t, dtype)], 1.0, dtype, 0.0)
+    assert (kl[0][3:5] == np.inf).all()
+    finite = [0, 1, 2, 5]
+    want = expected(s[finite], t[finite], 1.0, 0.0)
+    h.assert_close(kl[0][finite], want[0], h.computed(dtype), floor=4)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("c", [10, 1000, 2000])
 def test_large_logits_keep_their_precision(c, dtype):
