@@ -150,6 +150,26 @@ def test_gradients_with_the_forward_pass(c, dtype, eps):
             h.assert_close(a, h.decode(b), dtype)
 
 
+def test_an_unaligned_gradient_with_the_forward_pass():
+    n, c = 3, 64
+    z = [h.draw(i, n, c, "float32") for i in range(2)]
+    out = h.Outputs()
+    kl, gradient = out.new((1, n), "float32"), out.new((n, c), "float32", shift=1)
+    h.simt().multi_teacher_kl(
+        students=[h.place(z[0], "float32")],
+        teachers=[h.place(z[1], "float32")],
+        temperature=1.0,
+        student_temperature=1.0,
+        eps=0.0,
+        kl=kl,
+        statistics=None,
+        coefficient=np.ones((1, n), np.float32),
+        grad_students=[gradient],
+    )
+    out.check()
+    h.assert_close(gradient, np.exp(h.log_softmax(z[0])) - np.exp(h.log_softmax(z[1])), "float32")
+
+
 @pytest.mark.parametrize("dtype", h.DTYPES)
 @pytest.mark.parametrize("c", [10, 33, 1000, 1100])
 @pytest.mark.parametrize("shared", [(True, False), (False, True), (True, True)])

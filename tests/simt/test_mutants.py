@@ -23,6 +23,9 @@ ENTROPY_MASKED = "test_softmax_entropy.py::test_masked_and_non_finite_rows[{}]"
 KL = "test_multi_teacher_kl.py::test_forward_and_backward[{}]"
 KL_MASKED = "test_multi_teacher_kl.py::test_masked_and_non_finite_rows[{}]"
 KL_SHARED = "test_multi_teacher_kl.py::test_shared_student_or_teacher[{}]"
+KL_GRADIENTS = "test_multi_teacher_kl.py::test_gradients_with_the_forward_pass[{}]"
+SCALED = "test_scale.py::test_scale[{}-float32]"
+SCALED_BY_ONE = "test_scale.py::test_a_factor_of_one_moves_nothing"
 KL_SPLIT = "test_clusters.py::test_multi_teacher_kl[True-1e-05-(1, 9001)-float32]"
 BISECT = "test_bisect_temperature.py::test_by_sample[{}]"
 BISECT_SPLIT = "test_clusters.py::test_bisect_by_sample[0-float32]"
@@ -52,6 +55,10 @@ def entropy(name: str, old: str, new: str, tests: str, caught: str, **more) -> M
 
 def kl(name: str, old: str, new: str, tests: str, caught: str, **more) -> Mutant:
     return Mutant(name, "cuda/multi_teacher_kl.cu", old, new, tests, caught, **more)
+
+
+def scale(name: str, old: str, new: str, tests: str, caught: str, **more) -> Mutant:
+    return Mutant(name, "cuda/scale.cu", old, new, tests, caught, **more)
 
 
 def pgd(name: str, old: str, new: str, tests: str, caught: str, **more) -> Mutant:
@@ -468,8 +475,8 @@ MULTI_TEACHER_KL = [
     ),
     kl(
         "kl-cache-for-one-row",
-        "args.eps > 0 ? 2 : 0);",
-        "args.eps > 0 ? 1 : 0);",
+        "twice ? 2 : 0);",
+        "twice ? 1 : 0);",
         KL.format("1e-05-1025-bfloat16"),
         "of a shared array of",
     ),
@@ -532,6 +539,65 @@ MULTI_TEACHER_KL = [
         "n * args.coefficient_teacher_stride + k * args.coefficient_row_stride",
         KL.format("0.0-10-float32"),
         WRONG,
+    ),
+]
+
+GRADIENTS_WITH_KL = [
+    kl(
+        "forward-coefficient-of-another-teacher",
+        "k * args.coefficient_teacher_stride +\n",
+        "n + k * 0 * args.coefficient_teacher_stride +\n",
+        KL_GRADIENTS.format("0.0-33-float32"),
+        WRONG,
+    ),
+    kl(
+        "forward-gradient-of-another-row",
+        "static_cast<T*>(args.grad_student[k]) + n * args.classes;",
+        "static_cast<T*>(args.grad_student[k]) + (n ^ 1) * args.classes;",
+        KL_GRADIENTS.format("0.0-33-float32"),
+        f"{WRONG}|{GLOBAL_RACE}|{OUTSIDE}",
+    ),
+    kl(
+        "forward-gradient-not-asked-for-alignment",
+        "packed = packed && packable(args.dtype, args.grad_student[k], args.classes);",
+        "",
+        "test_multi_teacher_kl.py::test_an_unaligned_gradient_with_the_forward_pass",
+        "misaligned",
+    ),
+    kl(
+        "forward-without-student-temperature",
+        "found.q.inverse_temperature;",
+        "R(1);",
+        KL_GRADIENTS.format("0.0-33-float32"),
+        WRONG,
+    ),
+]
+
+SCALE = [
+    scale("scale-always", "if (factor == R(1)) return;", "", SCALED_BY_ONE, "assert"),
+    scale(
+        "scale-never", "if (factor == R(1)) return;", "return;", SCALED.format("-2.5-0-5"), WRONG
+    ),
+    scale(
+        "scale-wrong-buffer",
+        "simt::block_id() / blocks_a_buffer",
+        "simt::block_id() % blocks_a_buffer",
+        SCALED.format("-2.5-0-4097"),
+        f"{WRONG}|{GLOBAL_RACE}|{OUTSIDE}",
+    ),
+    scale(
+        "scale-without-tail",
+        "left < Shape::kMaxClasses ? static_cast<int>(left) : Shape::kMaxClasses",
+        "Shape::kMaxClasses",
+        SCALED.format("-2.5-0-5"),
+        f"{WRONG}|{OUTSIDE}",
+    ),
+    scale(
+        "scale-without-alignment",
+        "packed = packed && packable(args.dtype, args.data[i], 0);",
+        "",
+        SCALED.format("-2.5-1-5"),
+        "misaligned",
     ),
 ]
 
@@ -1054,6 +1120,8 @@ MUTANTS = [
     *STATISTICS,
     *SOFTMAX_ENTROPY,
     *MULTI_TEACHER_KL,
+    *GRADIENTS_WITH_KL,
+    *SCALE,
     *PGD_STEP,
     *CLUSTERS,
     *BATCHES,
