@@ -33,7 +33,8 @@ class _Native:
     def __init__(self) -> None:
         for name in (
             "softmax_entropy", "softmax_entropy_backward", "bisect_temperature",
-            "multi_teacher_kl", "multi_teacher_kl_backward", "bmtard_loss", "pgd_step_",
+            "multi_teacher_kl", "multi_teacher_kl_with_gradients", "multi_teacher_kl_backward",
+            "bmtard_loss", "pgd_step_", "scale_",
         ):  # fmt: skip
             setattr(self, name, getattr(torch.ops.bmtard, name).default)
 
@@ -289,7 +290,29 @@ def multi_teacher_kl(
             kl = _reduced(kl.flatten(1), inner)
     else:
         tensor, value = _split(temperature, torch.float64)
-        if _wants_grad(tensor, *students, *teachers):
+        wants_grad = _wants_grad(tensor, *students, *teachers)
+        if (
+            wants_grad
+            and weight is not None
+            and divisor
+            and len(students) == count
+            and all(s.requires_grad for s in students)
+            and not _wants_grad(tensor, weight, sample_weight, *teachers)
+        ):
+            # All that the gradients need is known already: they come from the same launch.
+            coefficient = weight.to(dtype) / divisor
+            if scale_by_temperature:
+                coefficient = coefficient * (temperature * temperature)
+            coefficient = coefficient.to(dtype).view(count, 1).expand(count, rows)
+            if sample_weight is not None:
+                coefficient = coefficient * sample_weight.to(dtype).view(-1, rows)
+            kl, grads = _native.multi_teacher_kl_with_gradients(
+                [_rows(s.detach()) for s in students], [_rows(t) for t in teachers],
+                tensor, value, student_temperature, eps, coefficient,
+            )  # fmt: skip
+            loss = (kl * coefficient).sum()
+            return _AttachGradients.apply(op, loss, *grads, *(_rows(s) for s in students))
+        if wants_grad:
             kl = _MultiTeacherKL.apply(
                 tensor, value, student_temperature, eps, len(students), inner,
                 *students, *teachers,
@@ -437,7 +460,9 @@ def bmtard_loss(
     )  # fmt: skip
     if update:
         _mark_overwritten(*state[:5], state.step, state.status)
-    return _AttachGradients.apply(loss, grads, *students) if wants_grad else loss
+    if not wants_grad:
+        return loss
+    return _AttachGradients.apply("BMTARDLoss", loss, *grads.unbind(), *students)
 
 
 def balanced_pairs(
@@ -475,8 +500,9 @@ def check_constant(op: str, k: int, teacher_logits: Tensor) -> None:
 # --- Autograd -------------------------------------------------------------------------------
 
 
-def _once_differentiable(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A ``backward`` whose results raise when they are differentiated again.
+def _once_differentiable(op: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A ``backward`` whose results raise, in the name of ``op`` or of ``ctx.op``, when they are
+    differentiated again.
 
     torch's own decorator of that name raises a RuntimeError, and costs a grad-mode guard also in
     the usual case, where no graph of the gradients is wanted.
@@ -490,7 +516,7 @@ def _once_differentiable(op: str) -> Callable[[Callable[..., Any]], Callable[...
             with torch.no_grad():
                 grads = backward(ctx, *grad_outputs)
             sources = (*grad_outputs, *ctx.saved_tensors)
-            return _NoDoubleBackward.apply(op, len(grads), *grads, *sources)
+            return _NoDoubleBackward.apply(op or ctx.op, len(grads), *grads, *sources)
 
         return wrapper
 
@@ -644,21 +670,34 @@ class _MultiTeacherKL(torch.autograd.Function):
 
 
 class _AttachGradients(torch.autograd.Function):
-    """Gives a loss the gradients that were computed with it."""
+    """Gives a loss the gradients that were computed with it, as many as the students after them."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, grads: Tensor, *students: Tensor) -> Tensor:
-        ctx.save_for_backward(grads, *students)
+    def forward(ctx: Any, op: str, loss: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.op = op
+        ctx.save_for_backward(*tensors)
         return loss
 
     @staticmethod
-    @_once_differentiable("BMTARDLoss")
+    @_once_differentiable()
     def backward(ctx: Any, grad: Tensor) -> Any:
-        grads = ctx.saved_tensors[0]
-        # On the host the usual gradient of 1 costs a look instead of a pass over memory.
-        if not grad.is_cpu or torch.compiler.is_compiling() or grad.item() != 1.0:
-            grads = grads * grad.to(grads.dtype)
-        return (None, None, *grads.unbind())
+        saved = ctx.saved_tensors
+        grads = saved[: len(saved) // 2]
+        # The usual gradient of 1 costs a look, on the host or on the device, instead of a pass
+        # over memory. What may be asked for again must stay as it is.
+        if torch.compiler.is_compiling() or (grad.is_cuda and _graph_is_kept()):
+            grads = [g * grad.to(g.dtype) for g in grads]
+        elif grad.is_cuda:
+            _native.scale_(grads, grad)
+        elif grad.item() != 1.0:
+            grads = [g * grad.to(g.dtype) for g in grads]
+        return (None, None, *(None,) * len(grads), *grads)
+
+
+# Of torch itself, which asks it before it reuses the buffers of a compiled backward.
+_graph_is_kept: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
 
 
 # --- Contracts ------------------------------------------------------------------------------
