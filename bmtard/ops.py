@@ -790,18 +790,11 @@ def _alike(students: Any, teachers: Any) -> bool:
     """
     if type(students) not in (list, tuple) or type(teachers) not in (list, tuple):
         return False
-    counts = (len(students), len(teachers))
-    if min(counts) < 1 or max(counts) > MAX_TEACHERS:
-        return False
-    if counts[0] != counts[1] and 1 not in counts:
+    k, n = len(students), len(teachers)
+    if not (0 < k <= MAX_TEACHERS and 0 < n <= MAX_TEACHERS and (k == n or 1 in (k, n))):
         return False
     first = students[0]
-    return (
-        _same_kind(first, students)
-        and _same_kind(first, teachers)
-        and first.dim() > 0
-        and first.shape[-1] > 0
-    )
+    return _same_kind(first, (*students, *teachers)) and bool(first.shape) and first.shape[-1] > 0
 
 
 def _same_kind(first: Any, tensors: Sequence[Any]) -> bool:
