@@ -675,6 +675,7 @@ class _AttachGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: str, loss: Tensor, *tensors: Tensor) -> Tensor:
         ctx.op = op
+        ctx.given_away = False
         ctx.save_for_backward(*tensors)
         return loss
 
@@ -684,13 +685,13 @@ class _AttachGradients(torch.autograd.Function):
         saved = ctx.saved_tensors
         grads = saved[: len(saved) // 2]
         # The usual gradient of 1 costs a look, on the host or on the device, instead of a pass
-        # over memory. What may be asked for again must stay as it is.
-        if torch.compiler.is_compiling() or (grad.is_cuda and _graph_is_kept()):
+        # over memory. What may be asked for again, or was given away, must stay as it is.
+        if grad.is_cpu and not torch.compiler.is_compiling() and grad.item() == 1.0:
+            ctx.given_away = True
+        elif torch.compiler.is_compiling() or ctx.given_away or _graph_is_kept():
             grads = [g * grad.to(g.dtype) for g in grads]
-        elif grad.is_cuda:
+        else:
             _native.scale_(grads, grad)
-        elif grad.item() != 1.0:
-            grads = [g * grad.to(g.dtype) for g in grads]
         return (None, None, *(None,) * len(grads), *grads)
 
 

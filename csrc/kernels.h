@@ -172,7 +172,7 @@ struct BMTARDLossArgs {
   void* workspace;                   // bmtard_loss_workspace() bytes
 };
 
-// buffers *= factor. A factor of 1 is noticed on the device, and then nothing is moved.
+// buffers *= factor. A factor of 1 is noticed where it lies, and then nothing is moved.
 struct ScaleArgs {
   DataType dtype;
   int32_t buffers;
@@ -209,6 +209,7 @@ struct Kernels {
   void (*multi_teacher_kl_backward)(const MultiTeacherKLBackwardArgs&, ParallelFor);
   void (*bmtard_loss)(const BMTARDLossArgs&, ParallelFor);
   void (*pgd_step)(const PgdStepArgs&, ParallelFor);
+  void (*scale)(const ScaleArgs&, ParallelFor);
 };
 
 // The best the machine has, or the one that BMTARD_CPU_CAPABILITY names.

@@ -543,10 +543,9 @@ void pgd_step_(Tensor x_adv, const Tensor& grad, const Tensor& x, double step_si
   if (target.data_ptr() != x_adv.data_ptr()) torch::stable::copy_(x_adv, target);
 }
 
-#if defined(BMTARD_CUDA)
 void scale_(Tensors buffers, const Tensor& factor) {
-  STD_TORCH_CHECK(!buffers.empty() && buffers.size() <= kMaxTeachers && buffers[0].is_cuda(),
-                  "expected 1 to ", kMaxTeachers, " CUDA tensors");
+  STD_TORCH_CHECK(!buffers.empty() && buffers.size() <= kMaxTeachers, "expected 1 to ",
+                  kMaxTeachers, " tensors");
   const Tensor& first = buffers[0];
   ScaleArgs args{};
   args.dtype = data_type(first);
@@ -556,9 +555,8 @@ void scale_(Tensors buffers, const Tensor& factor) {
     args.data[i] = dense(buffers[i], first, first.scalar_type(), args.size);
   }
   args.factor = dense(factor, first, accumulation_type(first), 1);
-  launch_cuda(first, args, cuda::scale);
+  BMTARD_LAUNCH(scale, first, args);
 }
-#endif
 
 }  // namespace
 }  // namespace bmtard
@@ -608,7 +606,7 @@ STABLE_TORCH_LIBRARY(bmtard, m) {
   m.def(
       "pgd_step_(Tensor(a!) x_adv, Tensor grad, Tensor x, float step_size, float epsilon, "
       "float low, float high, bool l2) -> ()");
-  // buffers *= factor acc []; CUDA only. A factor of 1 is noticed on the device: nothing is moved.
+  // buffers *= factor acc []; a factor of 1, noticed where it lies, moves nothing
   m.def("scale_(Tensor(a!)[] buffers, Tensor factor) -> ()");
 }
 
@@ -623,11 +621,11 @@ STABLE_TORCH_LIBRARY(bmtard, m) {
     m.impl("multi_teacher_kl_backward", TORCH_BOX(&bmtard::multi_teacher_kl_backward)); \
     m.impl("bmtard_loss", TORCH_BOX(&bmtard::bmtard_loss));                             \
     m.impl("pgd_step_", TORCH_BOX(&bmtard::pgd_step_));                                 \
+    m.impl("scale_", TORCH_BOX(&bmtard::scale_));                                       \
   }
 BMTARD_IMPLEMENT(CPU)
 #if defined(BMTARD_CUDA)
 BMTARD_IMPLEMENT(CUDA)
-STABLE_TORCH_LIBRARY_IMPL(bmtard, CUDA, m) { m.impl("scale_", TORCH_BOX(&bmtard::scale_)); }
 #endif
 
 // One JSON object, read by bmtard/_library.py.

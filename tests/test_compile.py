@@ -231,6 +231,12 @@ def registered(device, dtype):
                     losses, students, teachers, *options, statistics, wants_s, wants_t,
                     temperature is not None,
                 )  # fmt: skip
+            if len(students) == len(teachers):
+                coefficient = torch.full((1, 1), 0.5, dtype=acc, device=device).expand(2, 8)
+                yield "multi_teacher_kl_with_gradients", (
+                    students, teachers, *options, coefficient,
+                )  # fmt: skip
+    yield "scale_", ([x.clone() for x in s], scalar)
     for sign in (False, True):
         for update, wants_grad in ((True, True), (False, True), (True, False)):
             state = BMTARDLoss(balance="sign" if sign else "bisect").to(device).state()

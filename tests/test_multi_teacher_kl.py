@@ -578,3 +578,14 @@ def test_gradients_may_be_asked_for_again(path):
     for times in (1, 2, 3):
         loss.backward(retain_graph=True)
         torch.testing.assert_close(student.grad, times * once)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scaling_in_place_is_one_multiplication(device, dtype):
+    oracles.require_native()
+    buffers = [randn(3, 1111, dtype=dtype, device=device, seed=k) for k in range(2)]
+    want = [b * 0.3 for b in buffers]
+    factor = torch.tensor(0.3, dtype=accumulation(dtype), device=device)
+    torch.ops.bmtard.scale_(buffers, factor)
+    for a, b in zip(buffers, want, strict=True):
+        assert torch.equal(a, b)

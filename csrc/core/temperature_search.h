@@ -88,14 +88,13 @@ struct TemperatureSearch {
     if (!(tolerance >= floor)) tolerance = floor;
   }
 
-  // The same where the derivatives at the lower bound are at hand: whoever has his target
-  // there needs no other evaluation.
+  // The same where the entropy at the lower bound is known: whoever has his target there needs
+  // no other evaluation.
   BMTARD_HD void start(EntropyDerivatives<real> at_low, real first, real keep) {
     start(first, keep);
-    if (!(at_low.variance > real(0))) return;
+    if (!(at_low.entropy >= target - tolerance)) return;
     temperature = low;
     update(at_low);
-    if (!done && clipped(first) > low) temperature = clipped(first);
   }
 
   // NaN becomes the lower bound.

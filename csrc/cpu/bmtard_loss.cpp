@@ -58,12 +58,7 @@ bool solve_temperatures(const BMTARDLossArgs& args, const Workspace<scalar>& wor
   for (int32_t k = 0; k < args.teachers; ++k) {
     auto search = new_search<real>(args, SearchMethod::kHalley, target, log_count[k]);
     const double current = args.state.temperatures[k];
-    search.start(current, current);
-    // The entropy at the lower bound is known; for the teacher that set the target, it is it.
-    if (lowest[k].entropy >= target - search.tolerance) {
-      search.temperature = args.low;
-      search.update(lowest[k]);
-    }
+    search.start(lowest[k], current, current);
     run(search, [&](double temperature) {
       return mean_derivatives<scalar>(args.teacher[k], args.rows, args.classes,
                                       work.max + k * args.rows, temperature, work.parts,

@@ -16,6 +16,7 @@ void multi_teacher_kl(const MultiTeacherKLArgs& args, ParallelFor parallel_for);
 void multi_teacher_kl_backward(const MultiTeacherKLBackwardArgs& args, ParallelFor parallel_for);
 void bmtard_loss(const BMTARDLossArgs& args, ParallelFor parallel_for);
 void pgd_step(const PgdStepArgs& args, ParallelFor parallel_for);
+void scale(const ScaleArgs& args, ParallelFor parallel_for);
 
 template <typename scalar>
 struct Type {

@@ -16,6 +16,7 @@ const cpu::Kernels table = {
     multi_teacher_kl_backward,
     bmtard_loss,
     pgd_step,
+    scale,
 };
 
 BMTARD_NAMESPACE_END
