@@ -38,8 +38,8 @@ wheel: venv  ## dist/bmtard-*.whl, for all GPU architectures where nvcc is found
 test-wheel: wheel  ## that wheel under other Pythons and torches
 	$(BIN)/python tools/test_wheel.py dist/*.whl
 
-bench: venv  ## time the whole loss against the published operations
-	$(BIN)/python benchmarks/bench_head.py
+bench: venv  ## time the ops against what they replace; BENCH_ARGS="--quick" for a look
+	$(BIN)/bmtard bench $(BENCH_ARGS)
 
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist bmtard/_C*.so *.egg-info $(VENV)/installed
