@@ -16,6 +16,9 @@ from .report import Report, load
 from .spec import DTYPES, PASSES, catalogue
 from .suite import Selection, run
 
+BUSY = 0.3
+"""Load for each core, when the run begins, above which it is noted."""
+
 DESCRIPTION = """\
 Times bmtard's ops against what they replace, on this machine. Every provider is checked against
 float64 before it is timed. benchmarks/README.md tells how to read the tables."""
@@ -157,6 +160,8 @@ def _show(display: table.Display, report: Report) -> None:
         f"{name}; kernels {machine['kernels']}; torch {machine['torch']}; "
         f"copy {report.copy_bytes_per_second / 1e9:.1f} GB/s; load {machine['load']}\n"
     )
+    if report.device == "cpu" and machine["load"] > BUSY * machine["cores"]:
+        display.line("note: other processes are busy; the figures of several threads suffer most\n")
     timed = [r for r in report.records if r.status != "absent"]
     for op in dict.fromkeys(r.op for r in timed):
         rows = [r for r in timed if r.op == op and not r.sweep]

@@ -138,7 +138,7 @@ def roofline(report: Report) -> Any | None:
     axis.set_xlabel("operations per byte that must move")
     axis.set_ylabel("operations per second")
     axis.set_title(
-        f"bmtard under its roofs (above the slope: the data were in a cache). {_where(report)}",
+        f"bmtard under its roofs (above the slope: the data were in a cache)\n{_where(report)}",
         fontsize=9,
     )
     axis.grid(alpha=0.25)

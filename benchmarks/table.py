@@ -72,7 +72,8 @@ def op_table(op: str, records: Sequence[Record], copy: float, device: str) -> Ta
     previous: list[str] = []
     for record in records:
         dims = "x".join(map(str, record.dims))
-        cells = [f"{record.shape} {dims}", record.dtype, record.pass_, record.provider]
+        shape = dims if record.shape == dims else f"{record.shape} {dims}"
+        cells = [shape, record.dtype, record.pass_, record.provider]
         shown = [
             "" if cells[: i + 1] == previous[: i + 1] and i < 3 else c for i, c in enumerate(cells)
         ]
@@ -184,7 +185,7 @@ def problems(report: Report) -> list[str]:
 def _problem(record: Record) -> str:
     if record.status == "absent":
         return f"absent {record.provider} {record.op}: {record.reason}"
-    where = f"{record.op} {record.shape} {'x'.join(map(str, record.dims))} {record.dtype}"
+    where = f"{record.op} {'x'.join(map(str, record.dims))} {record.dtype}"
     return f"{record.status} {record.provider} on {where}: {record.reason}"
 
 
