@@ -69,8 +69,9 @@ def source(report: Report, name: str) -> str:
     plural = "s" if report.threads > 1 else ""
     return (
         f"float32; {machine['processor']}, {report.threads} thread{plural}, kernels "
-        f"{machine['kernels']}; torch {machine['torch']}; {report.date[:10]}; "
-        f"`{report.command}`; [benchmarks/results/{name}](benchmarks/results/{name})."
+        f"{machine['kernels']}, load {machine['load']}; torch {machine['torch']}; "
+        f"{report.date[:10]}; `{report.command}`; "
+        f"[benchmarks/results/{name}](benchmarks/results/{name})."
     )
 
 
@@ -129,7 +130,9 @@ def step() -> str:
                 ]
             )
     header = ["One training step", "Whole", "PGD-10", "Head", "Head's share"]
-    return f"{markdown_table(header, rows)}\n\nBatch 128 of 3 x 32 x 32; {source(report, name)}"
+    batch, *image = report.records[0].dims
+    size = " x ".join(map(str, image))
+    return f"{markdown_table(header, rows)}\n\n{batch} images of {size}; {source(report, name)}"
 
 
 TABLES = {"demo": demo, "head": head, "ops": ops, "step": step}
