@@ -70,6 +70,16 @@ struct TemperatureSearch {
     if (!(tolerance >= floor)) tolerance = floor;
   }
 
+  // The same where the derivatives at the lower bound are at hand: whoever has his target
+  // there needs no other evaluation.
+  BMTARD_HD void start(EntropyDerivatives<real> at_low, real first, real keep) {
+    start(first, keep);
+    if (!(at_low.variance > real(0))) return;
+    temperature = low;
+    update(at_low);
+    if (!done && clipped(first) > low) temperature = clipped(first);
+  }
+
   // NaN becomes the lower bound.
   BMTARD_HD real clipped(real t) const { return t > high ? high : (t >= low ? t : low); }
 

@@ -1,9 +1,14 @@
 // Sums over all rows of a batch, for what is solved for the batch as a whole.
 //
 // Such a kernel works in rounds: decide from the sums of the last pass, then make the next
-// pass over the rows. A batch for one block runs all rounds in one launch. A larger one
-// takes a launch a round: each block leaves its sums in a slot of its own, and in the next
-// launch every block adds up all slots in the same order and comes to the same decision.
+// pass over the rows. One launch runs all rounds. Its blocks form a team; after a pass each
+// of them adds up what all have found in the same order, so that all come to the same
+// decision. A team is
+//   one block, or where the device has clusters a cluster, for a batch that a few
+//     multiprocessors are done with sooner than all of them could agree;
+//   a cooperative grid for every other batch.
+// Each block has a share of the rows, the same in every round, and keeps them in shared
+// memory if they fit.
 #pragma once
 
 #include "rows.cuh"
@@ -11,84 +16,230 @@
 namespace bmtard {
 namespace cuda {
 
-// One multiprocessor is enough for these, and a launch costs more than the others' help.
-constexpr int64_t kOneBlockElements = 32 * 1024;
+constexpr int64_t kSmallBatch = 32 * 1024;  // elements of a matrix
 constexpr int64_t kMaxSlots = 512;
 constexpr int kBatchThreads = 512;
 
-template <typename Shape>
-int64_t batch_blocks(int64_t rows, int64_t classes) {
-  if (rows * classes <= kOneBlockElements) return 1;
-  const int64_t fits = 2 * static_cast<int64_t>(simt::multiprocessors());
-  const int64_t wanted = ceil_divide(rows, Shape::kRows);
-  const int64_t most = fits < kMaxSlots ? fits : kMaxSlots;
-  return wanted < most ? wanted : (most > 0 ? most : 1);
-}
+// How a launch goes about a batch.
+struct BatchPlan {
+  simt::Grid grid;
+  int cached_matrices;  // so many, from the first on, stay in shared memory
+};
 
-// Adds what the groups of the block have found; every thread gets the total.
-template <typename Shape, int n>
-BMTARD_DEVICE void block_total(Block<Shape::kThreads>& block, const Group<Shape>& group,
-                               double (&sums)[n]) {
-  if (group.lane != 0) {
-    BMTARD_UNROLL
-    for (int i = 0; i < n; ++i) sums[i] = 0;
+// `kept` counts the matrices that are read again and again, then those that may stay as well.
+template <typename Shape, typename Kernel>
+BatchPlan plan_batch(Kernel* kernel, int64_t rows, int64_t classes, int first_kept, int all_kept) {
+  constexpr int64_t kFewestElements = 1024;  // of a block
+  BatchPlan plan = {{1, Shape::kThreads}, 0};
+  const auto keep = [&](int64_t blocks) {
+    for (const int matrices : {all_kept, first_kept}) {
+      const size_t bytes = cache_bytes<Shape>(classes, matrices * ceil_divide(rows, blocks));
+      if (bytes == 0 || !fits_in_shared(bytes)) continue;
+      plan.cached_matrices = matrices;
+      plan.grid.shared_bytes = bytes;
+      return;
+    }
+  };
+  if (rows * classes <= kSmallBatch) {
+    // A second look at the same rows costs less than a cluster's barrier.
+    const int64_t wanted = rows <= 2 * Shape::kRows ? 1 : ceil_divide(rows, Shape::kRows);
+    while (plan.grid.cluster < wanted && 2 * plan.grid.cluster <= simt::max_cluster()) {
+      plan.grid.cluster *= 2;
+    }
+    plan.grid.blocks = plan.grid.cluster;
+    keep(plan.grid.blocks);
+    return plan;
   }
-  block.reduce(sums, Add{});
+  int64_t blocks = ceil_divide(rows * classes, kFewestElements);
+  if (rows < blocks) blocks = rows;
+  if (kMaxSlots < blocks) blocks = kMaxSlots;
+  const int64_t one_each = simt::multiprocessors();
+  keep(blocks < one_each ? blocks : one_each);
+  int64_t resident = simt::resident_blocks(kernel, Shape::kThreads, plan.grid.shared_bytes);
+  if (plan.cached_matrices > 0 && resident > one_each) resident = one_each;
+  plan.grid.blocks = resident < blocks ? resident : blocks;
+  plan.grid.cooperative = plan.grid.blocks > 1;
+  if (!plan.grid.cooperative) plan = {{1, Shape::kThreads}, 0};
+  return plan;
 }
 
-// Adds the slots [blocks][width] from `first` on; every thread gets the total.
-template <int threads, int n>
-BMTARD_DEVICE void slot_total(Block<threads>& block, const double* slots, int width, int first,
-                              double (&sums)[n]) {
-  BMTARD_UNROLL
-  for (int i = 0; i < n; ++i) sums[i] = 0;
-  for (int slot = simt::thread_id(); slot < simt::grid_blocks(); slot += threads) {
-    BMTARD_UNROLL
-    for (int i = 0; i < n; ++i) {
-      sums[i] += simt::load(slots + static_cast<int64_t>(slot) * width + first + i);
+// The rows of a block, and how its groups read them.
+template <typename Shape>
+class Share {
+ public:
+  using T = typename Shape::Type;
+
+  BMTARD_DEVICE Share(int64_t rows, int64_t classes, bool packed, int cached_matrices,
+                      const Group<Shape>& group)
+      : classes(static_cast<int>(classes)),
+        packed(packed),
+        group_(group),
+        cached_matrices_(cached_matrices),
+        rows_((rows + simt::grid_blocks() - 1) / simt::grid_blocks()),
+        first_(rows_ * simt::block_id()),
+        end_(first_ + rows_ < rows ? first_ + rows_ : rows) {}
+
+  // Each row of this group.
+  template <typename Visit>
+  BMTARD_DEVICE void for_each(Visit visit) const {
+    for (int64_t n = first_ + group_.number(); n < end_; n += Shape::kRows) visit(n);
+  }
+
+  // Row n of the call's matrix number `matrix`; `first_look` until all its rows were read once.
+  BMTARD_DEVICE auto row(const Matrix& data, int matrix, int64_t n, bool first_look) const {
+    const T* const from = row_of<T>(data, n);
+    if constexpr (Shape::kTiles > 0) {
+      return Row<Shape>(from, classes, group_.lane, packed);
+    } else {
+      const int64_t place = (matrix * rows_ + n - first_) * cached_values<Shape>(classes);
+      return CachedRow<Shape>(from, classes, group_.lane, packed, simt::dynamic_shared<T>(),
+                              static_cast<int>(place),
+                              matrix >= cached_matrices_ ? Cache::kNone
+                              : first_look               ? Cache::kFill
+                                                         : Cache::kFilled);
     }
   }
-  block.reduce(sums, Add{});
-}
 
-template <int n>
-BMTARD_DEVICE void fill_slot(double* slots, int width, int first, const double (&sums)[n]) {
-  BMTARD_UNROLL
-  for (int i = 0; i < n; ++i) {
-    simt::store(slots + static_cast<int64_t>(simt::block_id()) * width + first + i, sums[i]);
+  const int classes;
+  const bool packed;
+
+ private:
+  const Group<Shape>& group_;
+  int cached_matrices_;
+  int64_t rows_, first_, end_;
+};
+
+// What a pass finds for a teacher: kSums sums over the rows.
+constexpr int kSums = 4;
+
+// Shared memory of a Team for `sets` sets of sums.
+struct TeamMemory {
+  simt::Shared<double> totals;  // [sets][kSums]
+  simt::Shared<double> mine;    // [2][sets][kSums], of this block by the parity of the round
+  double* slots;                // [2][kMaxSlots][sets][kSums], global: those of a grid
+};
+
+inline int64_t slot_values(int64_t sets) { return 2 * kMaxSlots * sets * kSums; }
+
+// Adds up what the blocks of the launch have found in a round.
+template <int threads>
+class Team {
+ public:
+  BMTARD_DEVICE Team(Block<threads>& block, const TeamMemory& memory, int sets)
+      : block_(block), memory_(memory), sets_(sets) {}
+
+  // What this block's groups have found for a set.
+  template <typename Shape>
+  BMTARD_DEVICE void give(const Group<Shape>& group, int set, double (&sums)[kSums]) {
+    if (group.lane != 0) {
+      BMTARD_UNROLL
+      for (int i = 0; i < kSums; ++i) sums[i] = 0;
+    }
+    block_.reduce(sums, Add{});
+    if (simt::thread_id() != 0) return;
+    BMTARD_UNROLL
+    for (int i = 0; i < kSums; ++i) {
+      if (simt::grid_blocks() == 1) {
+        memory_.totals.set(set * kSums + i, sums[i]);
+      } else if (in_cluster()) {
+        memory_.mine.set((turn_ * sets_ + set) * kSums + i, sums[i]);
+      } else {
+        simt::store(slot(simt::block_id(), set) + i, sums[i]);
+      }
+    }
   }
-}
 
-// This block's share of: entropy, its variance and third moment, and, if `counting`, the log
-// of the number of unmasked classes, at one temperature.
-constexpr int kEntropySums = 4;
+  // Ends the round, for the sets that were given. A barrier: every thread may ask for totals.
+  template <typename Given>
+  BMTARD_DEVICE void combine(Given given) {
+    if (simt::grid_blocks() > 1) {
+      if (in_cluster()) {
+        simt::cluster_barrier();
+        add_up_cluster(given);
+      } else {
+        simt::grid_barrier();
+        add_up_slots(given);
+      }
+      turn_ ^= 1;
+    }
+    simt::block_barrier();
+  }
 
+  BMTARD_DEVICE double total(int set, int i) const { return memory_.totals.get(set * kSums + i); }
+
+  // Comes after the last round: other blocks may still read from this one.
+  BMTARD_DEVICE void leave() const {
+    if (in_cluster()) simt::cluster_barrier();
+  }
+
+ private:
+  BMTARD_DEVICE static bool in_cluster() { return simt::cluster_blocks() > 1; }
+
+  BMTARD_DEVICE double* slot(int block, int set) const {
+    return memory_.slots + ((turn_ * kMaxSlots + block) * sets_ + set) * kSums;
+  }
+
+  template <typename Given>
+  BMTARD_DEVICE void add_up_cluster(Given given) {
+    const int thread = simt::thread_id();
+    if (thread >= sets_ * kSums || !given(thread / kSums)) return;
+    double total = 0;
+    for (int rank = 0; rank < simt::cluster_blocks(); ++rank) {
+      total += memory_.mine.get_from(rank, turn_ * sets_ * kSums + thread);
+    }
+    memory_.totals.set(thread, total);
+  }
+
+  template <typename Given>
+  BMTARD_DEVICE void add_up_slots(Given given) {
+    BMTARD_ROLLED
+    for (int set = 0; set < sets_; ++set) {
+      if (!given(set)) continue;
+      double sums[kSums] = {0, 0, 0, 0};
+      for (int from = simt::thread_id(); from < simt::grid_blocks(); from += threads) {
+        BMTARD_UNROLL
+        for (int i = 0; i < kSums; ++i) sums[i] += simt::load(slot(from, set) + i);
+      }
+      block_.reduce(sums, Add{});
+      if (simt::thread_id() != 0) continue;
+      BMTARD_UNROLL
+      for (int i = 0; i < kSums; ++i) memory_.totals.set(set * kSums + i, sums[i]);
+    }
+  }
+
+  Block<threads>& block_;
+  TeamMemory memory_;
+  int sets_;
+  int turn_ = 0;
+};
+
+// This block's share of: entropy, its variance and third moment, and the log of the number of
+// unmasked classes, at one temperature.
 template <typename Shape>
-BMTARD_DEVICE void entropy_pass(const Matrix& logits, int64_t rows, int classes, double temperature,
-                                bool counting, bool packed, Block<Shape::kThreads>& block,
-                                Group<Shape>& group, double (&sums)[kEntropySums]) {
-  using T = typename Shape::Type;
-  using R = Real<T>;
+BMTARD_DEVICE void entropy_pass(const Matrix& logits, int matrix, bool first_look,
+                                double temperature, const Share<Shape>& share, Group<Shape>& group,
+                                double (&sums)[kSums]) {
+  using R = Real<typename Shape::Type>;
   using std::log;
   const R inverse = static_cast<R>(1 / temperature);
   BMTARD_UNROLL
-  for (int i = 0; i < kEntropySums; ++i) sums[i] = 0;
-  for (int64_t n = group.first_row(); n < rows; n += group.row_step()) {
-    const Row<Shape> row(row_of<T>(logits, n), classes, group.lane, packed);
+  for (int i = 0; i < kSums; ++i) sums[i] = 0;
+  share.for_each([&](int64_t n) {
+    const auto row = share.row(logits, matrix, n, first_look);
     R max;
     R count[1] = {0};
     const auto found = derivatives_of(softmax_sums<EntropyMoments<R>, Shape>(
-        row, classes, inverse, group, max,
+        row, share.classes, inverse, group, max,
         [&](R value) { count[0] += value > -std::numeric_limits<R>::infinity() ? 1 : 0; }));
     sums[0] += found.entropy;
     sums[1] += found.variance;
     sums[2] += found.third_moment;
-    if (counting) {
+    // Later looks know the number.
+    if (first_look) {
       group.sum(count);
       sums[3] += log(count[0]);
     }
-  }
-  block_total<Shape>(block, group, sums);
+  });
 }
 
 // The tolerance in nats, or what rounding leaves of an entropy in R if that is more.

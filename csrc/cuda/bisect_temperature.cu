@@ -9,6 +9,7 @@ namespace {
 constexpr int kThreads = 256;
 
 // One group a row, which stays in registers or shared memory during the search if it fits.
+// All threads of the group search alike.
 template <typename Shape>
 BMTARD_KERNEL(Shape::kThreads)
 bisect_rows_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, bool packed,
@@ -17,7 +18,7 @@ bisect_rows_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, bool p
   using R = Real<T>;
   Block<Shape::kThreads> block;
   Group<Shape> group(block);
-  const int64_t n = group.first_row();
+  const int64_t n = group.number(group.block_id());
   if (n >= args.rows) return;
   const int classes = static_cast<int>(args.classes);
   const T* data = row_of<T>(args.logits, n);
@@ -26,11 +27,11 @@ bisect_rows_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, bool p
       return Row<Shape>(data, classes, group.lane, packed);
     } else {
       return CachedRow<Shape>(data, classes, group.lane, packed, simt::dynamic_shared<T>(), 0,
-                              cached);
+                              cached ? Cache::kFill : Cache::kNone);
     }
   }();
-  const R max = row_max<Shape>(row, classes, group);
-  const LogitRange<R> range = logit_range<Shape>(row, classes, max, group);
+  R max;
+  const LogitRange<R> range = logit_range<Shape>(row, classes, group, max);
 
   TemperatureSearch<R> search;
   search.target = at<R>(args.target_entropy, n * args.target_entropy_stride);
@@ -50,164 +51,137 @@ bisect_rows_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, bool p
     search.update(derivatives_of(
         sums_below<EntropyMoments<R>, Shape>(row, classes, max, 1 / search.temperature, group)));
   }
-  if (group.lane == 0) {
+  if (group.leads()) {
     put<R>(args.temperature, n, search.temperature);
     put<R>(args.entropy, n, search.at.entropy);
     put<R>(args.slope, n, search.at.variance);
     put<int32_t>(args.status, n, search.status);
     put<int32_t>(args.iterations, n, search.iterations);
   }
+  group.leave();
 }
 
-enum Phase : int32_t { kStart, kRange, kSearch, kDone };
-
-struct Progress {
-  int32_t phase;
-  TemperatureSearch<double> search;
-};
-
-struct Workspace {
-  Progress* progress;  // [2], by the parity of the round
-  double* slots;       // [2][kMaxSlots][kEntropySums]
-};
-
-BMTARD_DEVICE Workspace workspace_of(void* memory) {
-  auto* progress = static_cast<Progress*>(memory);
-  return {progress, reinterpret_cast<double*>(progress + 2)};
-}
+enum Phase : int32_t { kRange, kFirst, kSearch, kDone };
 
 // This block's share of the log of the number of unmasked classes and of the variance of
 // the logits.
 template <typename Shape>
-BMTARD_DEVICE void range_pass(const BisectTemperatureArgs& args, bool packed,
-                              Block<Shape::kThreads>& block, Group<Shape>& group,
-                              double (&sums)[kEntropySums]) {
-  using T = typename Shape::Type;
-  using R = Real<T>;
-  const int classes = static_cast<int>(args.classes);
+BMTARD_DEVICE void range_pass(const BisectTemperatureArgs& args, const Share<Shape>& share,
+                              Group<Shape>& group, double (&sums)[kSums]) {
   BMTARD_UNROLL
-  for (int i = 0; i < kEntropySums; ++i) sums[i] = 0;
-  for (int64_t n = group.first_row(); n < args.rows; n += group.row_step()) {
-    const Row<Shape> row(row_of<T>(args.logits, n), classes, group.lane, packed);
-    const R max = row_max<Shape>(row, classes, group);
-    const LogitRange<R> range = logit_range<Shape>(row, classes, max, group);
+  for (int i = 0; i < kSums; ++i) sums[i] = 0;
+  share.for_each([&](int64_t n) {
+    Real<typename Shape::Type> max;
+    const auto range =
+        logit_range<Shape>(share.row(args.logits, 0, n, true), share.classes, group, max);
     sums[0] += range.log_count;
     sums[1] += range.variance;
-  }
-  block_total<Shape>(block, group, sums);
+  });
 }
 
+// What follows from the totals of a pass; returns what the next one is for.
 template <typename R>
-BMTARD_DEVICE void decide(const BisectTemperatureArgs& args, Progress& progress,
-                          const double (&sums)[kEntropySums]) {
-  TemperatureSearch<double>& search = progress.search;
+BMTARD_DEVICE int32_t decide(const BisectTemperatureArgs& args, int32_t phase,
+                             TemperatureSearch<double>& search, const double (&sums)[kSums]) {
   const double rows = static_cast<double>(args.rows);
-  if (progress.phase == kStart) {
-    progress.phase = kRange;
-  } else if (progress.phase == kRange) {
+  if (phase == kRange) {
     const LogitRange<double> range = {sums[0] / rows, sums[1] / rows};
-    search.target = at<R>(args.target_entropy, 0);
     search.log_count = range.log_count;
     search.tolerance = search_tolerance<R>(args.tolerance, range.log_count);
+    search.start(initial_temperature(range, search.target, args.low, args.high), 1);
+    return kSearch;
+  }
+  if (phase == kFirst) {
+    search.log_count = sums[3] / rows;
+    search.tolerance = search_tolerance<R>(args.tolerance, search.log_count);
+  }
+  search.update({sums[0] / rows, sums[1] / rows, sums[2] / rows});
+  return search.done ? kDone : kSearch;
+}
+
+// Rounds over the batch, see batch.cuh: a look at the range of the logits if there is no
+// initial temperature, then the search.
+template <typename Shape>
+BMTARD_KERNEL(Shape::kThreads)
+bisect_batch_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, bool packed,
+                    int cached_matrices) {
+  using R = Real<typename Shape::Type>;
+  BMTARD_SHARED(TemperatureSearch<double>, searches, 1);
+  BMTARD_SHARED(double, temperature, 1);
+  BMTARD_SHARED(int32_t, next, 1);
+  BMTARD_SHARED(double, totals, kSums);
+  BMTARD_SHARED(double, mine, 2 * kSums);
+  const bool decides = simt::thread_id() == 0;
+  Block<Shape::kThreads> block;
+  Group<Shape> group(block);
+  const Share<Shape> share(args.rows, args.classes, packed, cached_matrices, group);
+  Team<Shape::kThreads> team(block, {totals, mine, static_cast<double*>(args.workspace)}, 1);
+
+  const int32_t first = args.initial ? kFirst : kRange;
+  if (decides) {
+    TemperatureSearch<double>& search = searches.own(0);
+    search.target = at<R>(args.target_entropy, 0);
     search.low = args.low;
     search.high = args.high;
     search.max_iterations = args.max_iterations;
     search.method = args.method;
-    const double keep = args.initial ? at<R>(args.initial, 0) : 1;
-    search.start(
-        args.initial ? keep : initial_temperature(range, search.target, args.low, args.high), keep);
-    progress.phase = kSearch;
-  } else {
-    search.update({sums[0] / rows, sums[1] / rows, sums[2] / rows});
-  }
-  if (progress.phase == kSearch && search.done) progress.phase = kDone;
-}
-
-// Rounds over the batch, see batch.cuh.
-template <typename Shape>
-BMTARD_KERNEL(Shape::kThreads)
-bisect_batch_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, bool packed, int round) {
-  using R = Real<typename Shape::Type>;
-  BMTARD_SHARED(Progress, progress, 1);
-  BMTARD_SHARED(double, temperature, 1);
-  BMTARD_SHARED(int32_t, phase, 1);
-  const Workspace workspace = workspace_of(args.workspace);
-  const Progress* before = workspace.progress + (round + 1) % 2;
-  Progress* after = workspace.progress + round % 2;
-  double* slots_before = workspace.slots + (round + 1) % 2 * kMaxSlots * kEntropySums;
-  double* slots_after = workspace.slots + round % 2 * kMaxSlots * kEntropySums;
-  const bool decides = simt::thread_id() == 0;
-  const bool writes = decides && simt::block_id() == 0;
-
-  Block<Shape::kThreads> block;
-  Group<Shape> group(block);
-  double sums[kEntropySums];
-  if (round == 0) {
-    if (decides) progress.own(0).phase = kStart;
-  } else {
-    if (simt::load(&before->phase) == kDone) {
-      if (writes) simt::store(&after->phase, static_cast<int32_t>(kDone));
-      return;
+    if (args.initial) {
+      // Neither is known before the first pass, and both are set after it.
+      search.log_count = search.tolerance = 0;
+      const double initial = at<R>(args.initial, 0);
+      search.start(initial, initial);
+      temperature.set(0, search.temperature);
     }
-    slot_total(block, slots_before, kEntropySums, 0, sums);
-    if (decides) progress.set(0, *before);
   }
-  for (;;) {
+  simt::block_barrier();
+  for (int32_t phase = first; phase != kDone; phase = next.get(0)) {
+    double sums[kSums];
+    if (phase == kRange) {
+      range_pass(args, share, group, sums);
+    } else {
+      entropy_pass(args.logits, 0, phase == kFirst, temperature.get(0), share, group, sums);
+    }
+    team.give(group, 0, sums);
+    team.combine([](int) { return true; });
     if (decides) {
-      Progress& now = progress.own(0);
-      decide<R>(args, now, sums);
-      phase.set(0, now.phase);
-      temperature.set(0, now.search.temperature);
+      BMTARD_UNROLL
+      for (int i = 0; i < kSums; ++i) sums[i] = team.total(0, i);
+      TemperatureSearch<double>& search = searches.own(0);
+      next.set(0, decide<R>(args, phase, search, sums));
+      temperature.set(0, search.temperature);
     }
     simt::block_barrier();
-    const int32_t pass = phase.get(0);
-    if (pass == kDone) break;
-    if (pass == kRange) {
-      range_pass<Shape>(args, packed, block, group, sums);
-    } else {
-      entropy_pass<Shape>(args.logits, args.rows, static_cast<int>(args.classes),
-                          temperature.get(0), false, packed, block, group, sums);
-    }
-    if (simt::grid_blocks() > 1) {
-      if (decides) fill_slot(slots_after, kEntropySums, 0, sums);
-      if (writes) *after = progress.get(0);
-      return;
-    }
   }
-  if (writes) {
-    const Progress& now = progress.own(0);
-    put<R>(args.temperature, 0, static_cast<R>(now.search.temperature));
-    put<R>(args.entropy, 0, static_cast<R>(now.search.at.entropy));
-    put<R>(args.slope, 0, static_cast<R>(now.search.at.variance));
-    put<int32_t>(args.status, 0, now.search.status);
-    put<int32_t>(args.iterations, 0, now.search.iterations);
-    simt::store(&after->phase, static_cast<int32_t>(kDone));
+  if (decides && simt::block_id() == 0) {
+    const TemperatureSearch<double>& search = searches.own(0);
+    put<R>(args.temperature, 0, static_cast<R>(search.temperature));
+    put<R>(args.entropy, 0, static_cast<R>(search.at.entropy));
+    put<R>(args.slope, 0, static_cast<R>(search.at.variance));
+    put<int32_t>(args.status, 0, search.status);
+    put<int32_t>(args.iterations, 0, search.iterations);
   }
+  team.leave();
 }
 
 int bisect_rows(const BisectTemperatureArgs& args, void* stream) {
   if (args.rows == 0) return 0;
   return with_shape<kThreads>(args.dtype, args.classes, [&](auto shape) {
     using Shape = decltype(shape);
-    const size_t cache = cache_bytes<Shape>(args.classes, 1);
+    const int64_t blocks = ceil_divide(args.rows, Shape::kRows);
+    const RowPlan plan = plan_rows<Shape>(blocks, args.classes, 1);
     return simt::launch(bisect_rows_kernel<Shape>,
-                        {ceil_divide(args.rows, Shape::kRows), Shape::kThreads, cache}, stream,
-                        args, packable(args.dtype, args.logits), cache > 0);
+                        {blocks * plan.split, Shape::kThreads, plan.cache, plan.split}, stream,
+                        args, packable(args.dtype, args.logits), plan.cache > 0);
   });
 }
 
 int bisect_batch(const BisectTemperatureArgs& args, void* stream) {
-  return with_shape<kBatchThreads, false>(args.dtype, args.classes, [&](auto shape) {
+  return with_shape<kBatchThreads, false, false>(args.dtype, args.classes, [&](auto shape) {
     using Shape = decltype(shape);
-    const int64_t blocks = batch_blocks<Shape>(args.rows, args.classes);
-    // The range, the search, and a last round to write what the last pass decided.
-    const int rounds = blocks == 1 ? 1 : args.max_iterations + 2;
-    int error = 0;
-    for (int round = 0; round < rounds && error == 0; ++round) {
-      error = simt::launch(bisect_batch_kernel<Shape>, {blocks, Shape::kThreads}, stream, args,
-                           packable(args.dtype, args.logits), round);
-    }
-    return error;
+    const auto kernel = bisect_batch_kernel<Shape>;
+    const BatchPlan plan = plan_batch<Shape>(kernel, args.rows, args.classes, 1, 1);
+    return simt::launch(kernel, plan.grid, stream, args, packable(args.dtype, args.logits),
+                        plan.cached_matrices);
   });
 }
 
@@ -218,8 +192,7 @@ int bisect_temperature(const BisectTemperatureArgs& args, void* stream) {
 }
 
 size_t bisect_temperature_workspace(const BisectTemperatureArgs& args) {
-  if (args.per_sample) return 0;
-  return 2 * sizeof(Progress) + 2 * kMaxSlots * kEntropySums * sizeof(double);
+  return args.per_sample ? 0 : static_cast<size_t>(slot_values(1)) * sizeof(double);
 }
 
 }  // namespace cuda

@@ -52,33 +52,125 @@ BMTARD_DEVICE LogSoftmax<R> log_softmax(const RowType& row, int classes, R inver
 }
 
 template <typename R>
-struct KLSums {
+struct KLRow {
+  LogSoftmax<R> q, p;  // of the student, of the teacher
   R kl, center;
   R entropy;  // -sum p log(p + entropy_eps)
 };
 
+// In two looks at each row: the log-softmaxes, then the sums.
 template <typename Shape, typename RowType, typename R>
-BMTARD_DEVICE KLSums<R> kl_sums(const RowType& student, const RowType& teacher, int classes,
-                                const LogSoftmax<R>& student_softmax,
-                                const LogSoftmax<R>& teacher_softmax, R eps, R entropy_eps,
-                                Group<Shape>& group) {
+BMTARD_DEVICE KLRow<R> kl_by_softmax(const RowType& student, const RowType& teacher, int classes,
+                                     R student_inverse, R inverse, R eps, R entropy_eps,
+                                     Group<Shape>& group) {
   using std::exp;
   using std::log;
+  const auto q = log_softmax<Shape>(student, classes, student_inverse, group);
+  const auto p = log_softmax<Shape>(teacher, classes, inverse, group);
   const bool has_eps = eps > R(0);
   R sums[3] = {0, 0, 0};
   for_each_tile<Shape>(classes, [&](int tile) {
     const Tile<Shape> s = student.get(tile), t = teacher.get(tile);
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) {
-      const R log_q = student_softmax(s.value[i]), log_p = teacher_softmax(t.value[i]);
-      const R p = exp(log_p);
-      sums[0] += kl_term(p, log_p, log_q, eps, has_eps);
-      if (has_eps) sums[1] += weighted(p, kl_by_probability(p, log_p, log_q, eps, has_eps));
-      sums[2] -= weighted(p, entropy_eps > R(0) ? log(p + entropy_eps) : log_p);
+      const R log_q = q(s.value[i]), log_p = p(t.value[i]);
+      const R probability = exp(log_p);
+      sums[0] += kl_term(probability, log_p, log_q, eps, has_eps);
+      if (has_eps) {
+        sums[1] +=
+            weighted(probability, kl_by_probability(probability, log_p, log_q, eps, has_eps));
+      }
+      sums[2] -= weighted(probability, entropy_eps > R(0) ? log(probability + entropy_eps) : log_p);
     }
   });
   group.sum(sums);
-  return {sums[0], has_eps ? sums[1] : sums[0], sums[2]};
+  return {q, p, sums[0], has_eps ? sums[1] : sums[0], sums[2]};
+}
+
+// The same in one look at each row, for eps = 0, where KL needs no log-softmax:
+//   KL = D / S - log S + log S_student,  D = sum e (u - u_student),  e = exp(u),  S = sum e,
+// u as in core/softmax_entropy.h. Each thread keeps its sums relative to the maxima of what
+// it has seen.
+template <typename R>
+struct OnlineKL {
+  R student_max, max;
+  R student_sum = 0, difference = 0;
+  EntropySums<R> teacher = {0, 0};
+
+  BMTARD_DEVICE void shift(R new_student_max, R new_max, R student_inverse, R inverse) {
+    using std::exp;
+    // Both may still be -inf, whose difference is no number.
+    const R by_student =
+        student_max == new_student_max ? R(0) : (student_max - new_student_max) * student_inverse;
+    const R by = max == new_max ? R(0) : floor_exponent((max - new_max) * inverse);
+    const R scale = exp(by), weight = scale * teacher.s0;
+    // What has lost its weight adds nothing, be it infinite.
+    difference = weight == R(0) ? R(0) : scale * difference + (by - by_student) * weight;
+    teacher = shifted(teacher, by);
+    student_sum *= exp(floor_exponent(by_student));
+    student_max = new_student_max;
+    max = new_max;
+  }
+
+  BMTARD_DEVICE void add(R u_student, R u) {
+    using std::exp;
+    u = floor_exponent(u);
+    const R e = exp(u);
+    teacher.s0 += e;
+    teacher.s1 += e * u;
+    difference += weighted(e, u - u_student);
+    student_sum += exp(floor_exponent(u_student));
+  }
+};
+
+template <typename Shape, typename RowType, typename R>
+BMTARD_DEVICE KLRow<R> online_kl(const RowType& student, const RowType& teacher, int classes,
+                                 R student_inverse, R inverse, Group<Shape>& group) {
+  using std::log;
+  constexpr R kNothing = -std::numeric_limits<R>::infinity();
+  OnlineKL<R> sums{kNothing, kNothing};
+  for_each_tile<Shape>(classes, [&](int tile) {
+    const Tile<Shape> s = student.get(tile), t = teacher.get(tile);
+    R student_top = sums.student_max, top = sums.max;
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) {
+      student_top = Max{}(student_top, s.value[i]);
+      top = Max{}(top, t.value[i]);
+    }
+    if (student_top > sums.student_max || top > sums.max) {
+      sums.shift(student_top, top, student_inverse, inverse);
+    }
+    // While all were masked, -inf - 0 keeps them so.
+    const R student_base = student_top == kNothing ? R(0) : student_top;
+    const R base = top == kNothing ? R(0) : top;
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) {
+      sums.add((s.value[i] - student_base) * student_inverse, (t.value[i] - base) * inverse);
+    }
+  });
+  R maxima[2] = {sums.student_max, sums.max};
+  group.reduce(maxima, Max{});
+  sums.shift(maxima[0], maxima[1], student_inverse, inverse);
+  R totals[4] = {sums.student_sum, sums.teacher.s0, sums.teacher.s1, sums.difference};
+  group.sum(totals);
+  const LogSoftmax<R> q{student_inverse, maxima[0], log(totals[0])};
+  const LogSoftmax<R> p{inverse, maxima[1], log(totals[1])};
+  const R kl = totals[3] / totals[1] - p.log_sum + q.log_sum;
+  return {q, p, kl, kl, p.log_sum - totals[2] / totals[1]};
+}
+
+// A row that is not in registers is looked at as rarely as can be.
+template <typename Shape, typename RowType, typename R>
+BMTARD_DEVICE KLRow<R> kl_row(const RowType& student, const RowType& teacher, int classes,
+                              R student_inverse, R inverse, R eps, R entropy_eps,
+                              Group<Shape>& group) {
+  if constexpr (Shape::kTiles == 0) {
+    if (!(eps > R(0))) {
+      return online_kl<Shape>(student, teacher, classes, student_inverse, inverse, group);
+    }
+  }
+  return kl_by_softmax<Shape>(student, teacher, classes, student_inverse, inverse, eps, entropy_eps,
+                              group);
 }
 
 }  // namespace cuda

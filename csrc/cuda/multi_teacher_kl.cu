@@ -25,8 +25,8 @@ BMTARD_DEVICE int64_t statistic(const Args& args, Plane plane, int k, int64_t n)
   return (static_cast<int64_t>(plane) * args.teachers + k) * args.rows + n;
 }
 
-// One group for a teacher's row. Both rows are read once if they fit into registers or
-// shared memory, else twice.
+// One group for a teacher's row. Both rows are read once if eps is 0 or they fit into
+// registers or shared memory, else twice.
 template <typename Shape>
 BMTARD_KERNEL(Shape::kThreads)
 multi_teacher_kl_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLArgs args, bool packed,
@@ -35,8 +35,8 @@ multi_teacher_kl_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLArgs args, bool
   using R = Real<T>;
   Block<Shape::kThreads> block;
   Group<Shape> group(block);
-  const int k = simt::block_id() / blocks_a_teacher;
-  const int64_t n = group.first_row() - static_cast<int64_t>(k) * blocks_a_teacher * Shape::kRows;
+  const int k = group.block_id() / blocks_a_teacher;
+  const int64_t n = group.number(group.block_id() % blocks_a_teacher);
   if (n >= args.rows) return;
   const int classes = static_cast<int>(args.classes);
   const auto row = [&](const Matrix& matrix, int place) {
@@ -44,28 +44,27 @@ multi_teacher_kl_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLArgs args, bool
     if constexpr (Shape::kTiles > 0) {
       return Row<Shape>(data, classes, group.lane, packed);
     } else {
-      const int offset = place * static_cast<int>(CachedRow<Shape>::stride(classes));
-      return CachedRow<Shape>(data, classes, group.lane, packed, simt::dynamic_shared<T>(), offset,
-                              cached);
+      return CachedRow<Shape>(data, classes, group.lane, packed, simt::dynamic_shared<T>(),
+                              place * cached_values<Shape>(classes),
+                              cached ? Cache::kFill : Cache::kNone);
     }
   };
   const auto student = row(args.student[k], 0);
   const auto teacher = row(args.teacher[k], 1);
-  const auto q =
-      log_softmax<Shape>(student, classes, static_cast<R>(1 / args.student_temperature), group);
-  const auto p = log_softmax<Shape>(teacher, classes, inverse_temperature_of<R>(args, k), group);
-  const auto sums =
-      kl_sums<Shape>(student, teacher, classes, q, p, static_cast<R>(args.eps), R(0), group);
-  if (group.lane == 0) {
-    put<R>(args.kl, static_cast<int64_t>(k) * args.rows + n, sums.kl);
+  const auto found =
+      kl_row<Shape>(student, teacher, classes, static_cast<R>(1 / args.student_temperature),
+                    inverse_temperature_of<R>(args, k), static_cast<R>(args.eps), R(0), group);
+  if (group.leads()) {
+    put<R>(args.kl, static_cast<int64_t>(k) * args.rows + n, found.kl);
     if (args.statistics) {
-      put<R>(args.statistics, statistic(args, kStudentMax, k, n), q.max);
-      put<R>(args.statistics, statistic(args, kStudentLogSum, k, n), q.log_sum);
-      put<R>(args.statistics, statistic(args, kTeacherMax, k, n), p.max);
-      put<R>(args.statistics, statistic(args, kTeacherLogSum, k, n), p.log_sum);
-      put<R>(args.statistics, statistic(args, kCenter, k, n), sums.center);
+      put<R>(args.statistics, statistic(args, kStudentMax, k, n), found.q.max);
+      put<R>(args.statistics, statistic(args, kStudentLogSum, k, n), found.q.log_sum);
+      put<R>(args.statistics, statistic(args, kTeacherMax, k, n), found.p.max);
+      put<R>(args.statistics, statistic(args, kTeacherLogSum, k, n), found.p.log_sum);
+      put<R>(args.statistics, statistic(args, kCenter, k, n), found.center);
     }
   }
+  group.leave();
 }
 
 // What the gradients of one row of one teacher need beside the logits.
@@ -123,9 +122,8 @@ multi_teacher_kl_backward_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLBackwa
   using Streamed = StreamedShape<Shape>;
   Block<Shape::kThreads> block;
   Group<Shape> group(block);
-  const int part = simt::block_id() / blocks_a_teacher;
-  const int64_t n =
-      group.first_row() - static_cast<int64_t>(part) * blocks_a_teacher * Shape::kRows;
+  const int part = group.block_id() / blocks_a_teacher;
+  const int64_t n = group.number(group.block_id() % blocks_a_teacher);
   if (n >= args.rows) return;
   const int classes = static_cast<int>(args.classes);
 
@@ -133,7 +131,7 @@ multi_teacher_kl_backward_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLBackwa
     if (!args.grad_temperature) return;
     R sums[1] = {by_temperature};
     group.sum(sums);
-    if (group.lane == 0) {
+    if (group.leads()) {
       put<R>(args.grad_temperature, static_cast<int64_t>(k) * args.rows + n,
              -pair.coefficient * pair.p.inverse_temperature * sums[0]);
     }
@@ -158,6 +156,7 @@ multi_teacher_kl_backward_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLBackwa
       if (to_teacher) store_tile<Shape>(to_teacher, classes, tile, group.lane, packed, grad_t);
     });
     finish_temperature(pair, k, by_temperature);
+    group.leave();
     return;
   }
 
@@ -214,6 +213,7 @@ multi_teacher_kl_backward_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLBackwa
     });
     finish_temperature(pair, k, by_temperature);
   }
+  group.leave();
 }
 
 template <typename Args>
@@ -232,11 +232,12 @@ int multi_teacher_kl(const MultiTeacherKLArgs& args, void* stream) {
   if (args.rows == 0) return 0;
   return with_shape<kThreads>(args.dtype, args.classes, [&](auto shape) {
     using Shape = decltype(shape);
-    const size_t cache = cache_bytes<Shape>(args.classes, 2);
     const int64_t blocks = ceil_divide(args.rows, Shape::kRows);
+    const int64_t all = blocks * args.teachers;
+    const RowPlan plan = plan_rows<Shape>(all, args.classes, args.eps > 0 ? 2 : 0);
     return simt::launch(multi_teacher_kl_kernel<Shape>,
-                        {blocks * args.teachers, Shape::kThreads, cache}, stream, args,
-                        rows_packable(args), cache > 0, static_cast<int>(blocks));
+                        {all * plan.split, Shape::kThreads, plan.cache, plan.split}, stream, args,
+                        rows_packable(args), plan.cache > 0, static_cast<int>(blocks));
   });
 }
 
@@ -255,9 +256,11 @@ int multi_teacher_kl_backward(const MultiTeacherKLBackwardArgs& args, void* stre
   return with_shape<kThreads, false>(args.dtype, args.classes, [&](auto shape) {
     using Shape = decltype(shape);
     const int64_t blocks = ceil_divide(args.rows, Shape::kRows);
+    const int64_t all = blocks * (together ? 1 : args.teachers);
+    const int split = plan_rows<Shape>(all, args.classes, 0).split;
     return simt::launch(multi_teacher_kl_backward_kernel<Shape>,
-                        {blocks * (together ? 1 : args.teachers), Shape::kThreads}, stream, args,
-                        packed, together, static_cast<int>(blocks));
+                        {all * split, Shape::kThreads, 0, split}, stream, args, packed, together,
+                        static_cast<int>(blocks));
   });
 }
 

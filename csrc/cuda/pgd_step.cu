@@ -40,64 +40,58 @@ pgd_linf_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, bool packed) {
   });
 }
 
-// One block a sample: the norm of the gradient, the norm of the perturbation, the write.
+// One block a sample, or a cluster. The three tensors are read once if they fit into shared
+// memory, else twice: the norm of the moved perturbation follows from that of the perturbation,
+// that of the gradient and their product.
 template <typename Shape>
 BMTARD_KERNEL(Shape::kThreads)
-pgd_l2_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, bool packed) {
+pgd_l2_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, bool packed, bool cached) {
   using T = typename Shape::Type;
   using R = Real<T>;
   Block<Shape::kThreads> block;
-  const int64_t first = simt::block_id() * args.sample_size;
+  Group<Shape> group(block);
+  const int64_t first = group.block_id() * args.sample_size;
   const int size = static_cast<int>(args.sample_size);
-  const int lane = simt::thread_id();
   T* out = static_cast<T*>(args.x_adv) + first;
-  const Row<Shape> x_adv(out, size, lane, packed);
-  const Row<Shape> grad(static_cast<const T*>(args.grad) + first, size, lane, packed);
-  const Row<Shape> x(static_cast<const T*>(args.x) + first, size, lane, packed);
-
-  R squared[1] = {0};
-  const auto add_square = [&](int tile, int i, R value) {
-    if (class_of<Shape>(tile, i, lane, packed) < size) squared[0] += value * value;
+  const auto row = [&](const void* data, int place) {
+    return CachedRow<Shape>(static_cast<const T*>(data) + first, size, group.lane, packed,
+                            simt::dynamic_shared<T>(), place * cached_values<Shape>(size),
+                            cached ? Cache::kFill : Cache::kNone);
   };
-  for_each_tile<Shape>(size, [&](int tile) {
-    const Tile<Shape> gradient = grad.get(tile);
-    BMTARD_UNROLL
-    for (int i = 0; i < Shape::kWidth; ++i) add_square(tile, i, gradient.value[i]);
-  });
-  block.reduce(squared, Add{});
-  const R step = l2_step_scale(squared[0], static_cast<R>(args.step_size));
+  const auto x_adv = row(args.x_adv, 0), grad = row(args.grad, 1), x = row(args.x, 2);
 
-  // The perturbation after the step, before it is projected.
-  const auto moved = [&](int tile, const Tile<Shape>& origin) {
-    Tile<Shape> values = x_adv.get(tile);
-    const Tile<Shape> gradient = grad.get(tile);
+  R sums[3] = {0, 0, 0};  // squares of the gradient and of the perturbation, their product
+  for_each_tile<Shape>(size, [&](int tile) {
+    const Tile<Shape> values = x_adv.get(tile), gradient = grad.get(tile), origin = x.get(tile);
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) {
-      // Without a step the gradient may be anything; 0 * NaN shall not reach the image.
-      if (step > R(0)) values.value[i] += step * gradient.value[i];
-      values.value[i] -= origin.value[i];
+      if (class_of<Shape>(tile, i, group.lane, packed) >= size) continue;
+      const R perturbation = values.value[i] - origin.value[i];
+      sums[0] += gradient.value[i] * gradient.value[i];
+      sums[1] += perturbation * perturbation;
+      sums[2] += perturbation * gradient.value[i];
     }
-    return values;
-  };
-  squared[0] = 0;
-  for_each_tile<Shape>(size, [&](int tile) {
-    const Tile<Shape> perturbation = moved(tile, x.get(tile));
-    BMTARD_UNROLL
-    for (int i = 0; i < Shape::kWidth; ++i) add_square(tile, i, perturbation.value[i]);
   });
-  block.reduce(squared, Add{});
-  const R projection = l2_projection_scale(squared[0], static_cast<R>(args.epsilon));
+  group.sum(sums);
+  const R step = l2_step_scale(sums[0], static_cast<R>(args.step_size));
+  // Without a step the gradient may be anything; 0 * NaN shall not reach the image.
+  const bool moves = step > R(0);
+  const R squared = moves ? sums[1] + step * (2 * sums[2] + step * sums[0]) : sums[1];
+  const R projection = l2_projection_scale(squared, static_cast<R>(args.epsilon));
 
   const R low = static_cast<R>(args.low), high = static_cast<R>(args.high);
   for_each_tile<Shape>(size, [&](int tile) {
-    const Tile<Shape> origin = x.get(tile);
-    Tile<Shape> values = moved(tile, origin);
+    Tile<Shape> values = x_adv.get(tile);
+    const Tile<Shape> gradient = grad.get(tile), origin = x.get(tile);
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) {
-      values.value[i] = clamped(origin.value[i] + projection * values.value[i], low, high);
+      const R moved = moves ? values.value[i] + step * gradient.value[i] : values.value[i];
+      values.value[i] =
+          clamped(origin.value[i] + projection * (moved - origin.value[i]), low, high);
     }
-    store_tile<Shape>(out, size, tile, lane, packed, values);
+    store_tile<Shape>(out, size, tile, group.lane, packed, values);
   });
+  group.leave();
 }
 
 }  // namespace
@@ -112,10 +106,12 @@ int pgd_step(const PgdStepArgs& args, void* stream) {
   return with_type(args.dtype, [&](auto value) {
     using T = decltype(value);
     if (args.l2) {
-      using Shape = LargeShape<T, kL2Threads>;
+      using Shape = LargeShape<T, kL2Threads, true>;
       if (args.sample_size > INT_MAX / 2) return +simt::kInvalidValue;
-      return simt::launch(pgd_l2_kernel<Shape>, {args.samples, Shape::kThreads}, stream, args,
-                          packed);
+      const RowPlan plan = plan_rows<Shape>(args.samples, args.sample_size, 3);
+      return simt::launch(pgd_l2_kernel<Shape>,
+                          {args.samples * plan.split, Shape::kThreads, plan.cache, plan.split},
+                          stream, args, packed, plan.cache > 0);
     }
     using Shape = LinfShape<T>;
     return simt::launch(

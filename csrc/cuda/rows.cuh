@@ -4,7 +4,8 @@
 // cut into tiles of kLanes * kWidth classes, of which a thread takes kWidth: neighbours
 // that move in one 16-byte access where every row is aligned ("packed"), else every
 // kLanes-th. With kTiles > 0 the row has at most that many tiles and is kept in registers;
-// with kTiles == 0 it is read again at every pass.
+// with kTiles == 0 it is read again at every pass. With kSplit the blocks of a cluster, of
+// which there may be only one, share the tiles of a row.
 #pragma once
 
 #include <climits>
@@ -24,9 +25,10 @@ namespace cuda {
 template <typename T>
 using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-template <typename T, int lanes, int threads, int values>
+template <typename T, int lanes, int threads, int values, bool split = false>
 struct Shape {
   using Type = T;
+  static constexpr bool kSplit = split;
   static constexpr int kLanes = lanes;
   static constexpr int kThreads = threads;  // of a block
   static constexpr int kRows = threads / lanes;
@@ -43,11 +45,11 @@ using SmallShape = Shape<T, 8, threads, 4>;
 // Rows of up to 1024 classes (512 in double): one to a warp.
 template <typename T, int threads>
 using MediumShape = Shape<T, simt::kWarp, threads, 128 / sizeof(Real<T>)>;
-template <typename T, int threads>
-using LargeShape = Shape<T, threads, threads, 0>;
+template <typename T, int threads, bool split>
+using LargeShape = Shape<T, threads, threads, 0, split>;
 // The same groups, with rows that are not kept.
 template <typename S>
-using StreamedShape = Shape<typename S::Type, S::kLanes, S::kThreads, 0>;
+using StreamedShape = Shape<typename S::Type, S::kLanes, S::kThreads, 0, S::kSplit>;
 
 template <typename Body>
 int with_type(DataType dtype, Body body) {
@@ -65,8 +67,8 @@ int with_type(DataType dtype, Body body) {
 }
 
 // Calls body(shape) with the shape for rows of `classes`. Medium rows are kept in registers
-// only if `resident`. Doubles take two registers, so half the threads.
-template <int threads, bool resident = true, typename Body>
+// only if `resident`; Large ones may be split. Doubles take two registers, so half the threads.
+template <int threads, bool resident = true, bool split = true, typename Body>
 int with_shape(DataType dtype, int64_t classes, Body body) {
   return with_type(dtype, [&](auto value) {
     using T = decltype(value);
@@ -79,7 +81,7 @@ int with_shape(DataType dtype, int64_t classes, Body body) {
     }
     // A position in a row is an int.
     if (classes > INT_MAX / 2) return +simt::kInvalidValue;
-    return body(LargeShape<T, kThreads>{});
+    return body(LargeShape<T, kThreads, split>{});
   });
 }
 
@@ -169,19 +171,37 @@ class Group {
   BMTARD_DEVICE explicit Group(Block<Shape::kThreads>& block)
       : lane(simt::thread_id() % Shape::kLanes), block_(block) {}
 
-  // The first row of this group; the next is `row_step()` further.
-  BMTARD_DEVICE int64_t first_row() const {
-    return static_cast<int64_t>(simt::block_id()) * Shape::kRows +
-           simt::thread_id() / Shape::kLanes;
+  // The block, or the cluster that takes its place.
+  BMTARD_DEVICE static int block_id() {
+    if constexpr (Shape::kSplit) return simt::block_id() / simt::cluster_blocks();
+    return simt::block_id();
   }
-  BMTARD_DEVICE int64_t row_step() const {
-    return static_cast<int64_t>(simt::grid_blocks()) * Shape::kRows;
+  // The number of the group in its block, and in blocks that are numbered from 0.
+  BMTARD_DEVICE static int number() { return simt::thread_id() / Shape::kLanes; }
+  BMTARD_DEVICE static int64_t number(int block) {
+    return static_cast<int64_t>(block) * Shape::kRows + number();
+  }
+
+  // Whether this thread writes what the group has found.
+  BMTARD_DEVICE bool leads() const {
+    if constexpr (Shape::kSplit) return lane == 0 && simt::cluster_rank() == 0;
+    return lane == 0;
+  }
+
+  // Comes after the last reduction: others may still read from this block.
+  BMTARD_DEVICE void leave() const {
+    if constexpr (Shape::kSplit) {
+      if (simt::cluster_blocks() > 1) simt::cluster_barrier();
+    }
   }
 
   template <typename V, int n, typename Combine>
   BMTARD_DEVICE void reduce(V (&values)[n], Combine combine) {
     if constexpr (Shape::kLanes > simt::kWarp) {
       block_.reduce(values, combine);
+      if constexpr (Shape::kSplit) {
+        if (simt::cluster_blocks() > 1) reduce_over_cluster(values, combine);
+      }
     } else {
       const int first = simt::thread_id() % simt::kWarp / Shape::kLanes * Shape::kLanes;
       const uint32_t mask = (simt::kFullWarp >> (simt::kWarp - Shape::kLanes)) << first;
@@ -210,13 +230,48 @@ class Group {
   const int lane;
 
  private:
+  template <typename V, int n, typename Combine>
+  BMTARD_DEVICE void reduce_over_cluster(V (&values)[n], Combine combine) {
+    // Two buffers by turns, as in Block.
+    BMTARD_SHARED(V, scratch, 2 * n);
+    turn_ ^= 1;
+    if (simt::thread_id() == 0) {
+      BMTARD_UNROLL
+      for (int i = 0; i < n; ++i) scratch.set(turn_ * n + i, values[i]);
+    }
+    simt::cluster_barrier();
+    BMTARD_UNROLL
+    for (int i = 0; i < n; ++i) {
+      values[i] = scratch.get_from(0, turn_ * n + i);
+      for (int rank = 1; rank < simt::cluster_blocks(); ++rank) {
+        values[i] = combine(values[i], scratch.get_from(rank, turn_ * n + i));
+      }
+    }
+  }
+
   Block<Shape::kThreads>& block_;
+  int turn_ = 0;
 };
 
 template <typename Shape>
 struct Tile {
   Real<typename Shape::Type> value[Shape::kWidth];
 };
+
+// The tiles of a row that is not in registers, and those of one of `blocks` blocks.
+template <typename Shape>
+BMTARD_DEVICE int tiles_of(int classes, int blocks = 1) {
+  return ((classes + Shape::kSpan - 1) / Shape::kSpan + blocks - 1) / blocks;
+}
+
+// The first tile of this block.
+template <typename Shape>
+BMTARD_DEVICE int first_tile(int classes) {
+  if constexpr (Shape::kSplit) {
+    return simt::cluster_rank() * tiles_of<Shape>(classes, simt::cluster_blocks());
+  }
+  return 0;
+}
 
 template <typename Shape, typename Visit>
 BMTARD_DEVICE void for_each_tile(int classes, Visit visit) {
@@ -226,7 +281,14 @@ BMTARD_DEVICE void for_each_tile(int classes, Visit visit) {
       if (tile * Shape::kSpan < classes) visit(tile);
     }
   } else {
-    for (int tile = 0; tile < (classes + Shape::kSpan - 1) / Shape::kSpan; ++tile) visit(tile);
+    const int all = tiles_of<Shape>(classes);
+    int first = 0, end = all;
+    if constexpr (Shape::kSplit) {
+      first = first_tile<Shape>(classes);
+      end = first + tiles_of<Shape>(classes, simt::cluster_blocks());
+      end = end < all ? end : all;
+    }
+    for (int tile = first; tile < end; ++tile) visit(tile);
   }
 }
 
@@ -311,43 +373,41 @@ class Row<Shape, false> {
   bool packed_;
 };
 
-// A streamed row that moves to shared memory on the way, if `cached`. A thread reads back
+// Where a row of shared memory comes from.
+enum class Cache { kNone, kFill, kFilled };
+
+// A streamed row that moves to shared memory on the way, or has done so. A thread reads back
 // only what it wrote itself, so no barrier is needed.
 template <typename Shape>
 class CachedRow {
  public:
   using T = typename Shape::Type;
 
-  BMTARD_DEVICE CachedRow(const T* row, int classes, int lane, bool packed, simt::Shared<T> cache,
-                          int offset, bool cached)
+  BMTARD_DEVICE CachedRow(const T* row, int classes, int lane, bool packed, simt::Shared<T> memory,
+                          int offset, Cache cache)
       : row_(row),
         classes_(classes),
         lane_(lane),
         packed_(packed),
-        cached_(cached),
-        offset_(offset + lane * Shape::kWidth),
-        cache_(cache) {
-    if (!cached_) return;
+        cached_(cache != Cache::kNone),
+        offset_(offset + lane * Shape::kWidth - first_tile<Shape>(classes) * Shape::kSpan),
+        memory_(memory) {
+    if (cache != Cache::kFill) return;
     for_each_tile<Shape>(classes, [&](int tile) {
       const Tile<Shape> values = load_tile<Shape>(row_, classes_, tile, lane_, packed_);
       Pack<T, Shape::kWidth> pack;
       BMTARD_UNROLL
       for (int i = 0; i < Shape::kWidth; ++i) pack.value[i] = simt::narrow<T>(values.value[i]);
-      cache_.template set_pack<Shape::kWidth>(offset_ + tile * Shape::kSpan, pack);
+      memory_.template set_pack<Shape::kWidth>(offset_ + tile * Shape::kSpan, pack);
     });
   }
   BMTARD_DEVICE Tile<Shape> get(int tile) const {
     if (!cached_) return load_tile<Shape>(row_, classes_, tile, lane_, packed_);
-    const auto pack = cache_.template get_pack<Shape::kWidth>(offset_ + tile * Shape::kSpan);
+    const auto pack = memory_.template get_pack<Shape::kWidth>(offset_ + tile * Shape::kSpan);
     Tile<Shape> out;
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) out.value[i] = simt::widen(pack.value[i]);
     return out;
-  }
-
-  // Values of the cache that one row takes.
-  static constexpr int64_t stride(int64_t classes) {
-    return (classes + Shape::kSpan - 1) / Shape::kSpan * Shape::kSpan;
   }
 
  private:
@@ -355,21 +415,57 @@ class CachedRow {
   int classes_, lane_;
   bool packed_, cached_;
   int offset_;
-  simt::Shared<T> cache_;
+  simt::Shared<T> memory_;
 };
 
-// Dynamic shared memory for `rows` cached rows of a block, or 0 where they do not fit.
+// Values of shared memory that a block keeps of a row.
 template <typename Shape>
-size_t cache_bytes(int64_t classes, int rows) {
-  if constexpr (Shape::kTiles > 0) {
-    return 0;
-  } else {
-    constexpr size_t kOthers = 4 * 1024;       // what the kernels declare themselves
-    constexpr size_t kWorthwhile = 96 * 1024;  // more would leave a multiprocessor idle
-    const size_t bytes = static_cast<size_t>(CachedRow<Shape>::stride(classes)) * rows *
-                         sizeof(typename Shape::Type);
-    return bytes <= kWorthwhile && bytes + kOthers <= simt::max_shared_bytes() ? bytes : 0;
+BMTARD_DEVICE int cached_values(int classes) {
+  return tiles_of<Shape>(classes, Shape::kSplit ? simt::cluster_blocks() : 1) * Shape::kSpan;
+}
+
+// Bytes of shared memory for `rows` rows of a block, of which `blocks` share each; 0 where a
+// row is in registers.
+template <typename Shape>
+size_t cache_bytes(int64_t classes, int64_t rows, int blocks = 1) {
+  if (Shape::kTiles > 0) return 0;
+  const int64_t tiles = ceil_divide(ceil_divide(classes, Shape::kSpan), blocks);
+  return static_cast<size_t>(rows * tiles * Shape::kSpan) * sizeof(typename Shape::Type);
+}
+
+// Whether a block can have so much beside what the kernels declare themselves.
+inline bool fits_in_shared(size_t bytes) {
+  constexpr size_t kOthers = 8 * 1024;
+  return bytes + kOthers <= simt::max_shared_bytes();
+}
+
+// How a launch goes about Large rows.
+struct RowPlan {
+  int split = 1;     // blocks that share a row
+  size_t cache = 0;  // bytes of shared memory a block, for rows that are read again
+};
+
+// For `groups` groups, each of which keeps `kept` rows of shared memory if that can be.
+template <typename Shape>
+RowPlan plan_rows(int64_t groups, int64_t classes, int kept) {
+  constexpr size_t kWorthwhile = 96 * 1024;  // more would leave a multiprocessor idle
+  constexpr int kFewestTiles = 2;            // of a block
+  RowPlan plan;
+  const auto cached = [&](int split) {
+    const size_t bytes = cache_bytes<Shape>(classes, kept, split);
+    return bytes <= kWorthwhile && fits_in_shared(bytes);
+  };
+  if constexpr (Shape::kSplit) {
+    const int most = simt::max_cluster();
+    const int64_t idle = simt::multiprocessors();
+    while (2 * plan.split <= most &&
+           ceil_divide(classes, Shape::kSpan) >= 2 * plan.split * kFewestTiles &&
+           (groups * plan.split < idle || !cached(plan.split))) {
+      plan.split *= 2;
+    }
   }
+  if (cached(plan.split)) plan.cache = cache_bytes<Shape>(classes, kept, plan.split);
+  return plan;
 }
 
 template <typename Shape, typename RowType>
@@ -464,26 +560,42 @@ BMTARD_DEVICE Sums softmax_sums(const RowType& row, int classes, R inverse_tempe
   }
 }
 
+// The sums behind a LogitRange: of 1, d and d^2, d = z - max.
+template <typename R>
+struct RangeSums {
+  R count, first, second;
+};
+
+template <typename R>
+BMTARD_DEVICE void accumulate(RangeSums<R>& sums, R d) {
+  if (!(d > -std::numeric_limits<R>::infinity())) return;
+  sums.count += 1;
+  sums.first += d;
+  sums.second += d * d;
+}
+
+template <typename R>
+BMTARD_DEVICE RangeSums<R> shifted(RangeSums<R> sums, R d) {
+  if (sums.count == R(0)) return sums;
+  return {sums.count, sums.first + d * sums.count,
+          sums.second + d * (2 * sums.first + d * sums.count)};
+}
+
+template <typename Shape, typename R>
+BMTARD_DEVICE void sum_over(Group<Shape>& group, RangeSums<R>& sums) {
+  R values[3] = {sums.count, sums.first, sums.second};
+  group.sum(values);
+  sums = {values[0], values[1], values[2]};
+}
+
 // See core/temperature_search.h.
 template <typename Shape, typename RowType, typename R>
-BMTARD_DEVICE LogitRange<R> logit_range(const RowType& row, int classes, R max,
-                                        Group<Shape>& group) {
+BMTARD_DEVICE LogitRange<R> logit_range(const RowType& row, int classes, Group<Shape>& group,
+                                        R& max) {
   using std::log;
-  R sums[3] = {0, 0, 0};  // of 1, d and d^2, d = z - max
-  for_each_tile<Shape>(classes, [&](int tile) {
-    const Tile<Shape> values = row.get(tile);
-    BMTARD_UNROLL
-    for (int i = 0; i < Shape::kWidth; ++i) {
-      if (!(values.value[i] > -std::numeric_limits<R>::infinity())) continue;
-      const R d = values.value[i] - max;
-      sums[0] += 1;
-      sums[1] += d;
-      sums[2] += d * d;
-    }
-  });
-  group.sum(sums);
-  const R mean = sums[1] / sums[0];
-  return {log(sums[0]), sums[2] / sums[0] - mean * mean};
+  const auto sums = softmax_sums<RangeSums<R>, Shape>(row, classes, R(1), group, max);
+  const R mean = sums.first / sums.count;
+  return {log(sums.count), sums.second / sums.count - mean * mean};
 }
 
 }  // namespace cuda

@@ -30,7 +30,9 @@ constexpr uint32_t kFullWarp = 0xffffffffu;
 struct Grid {
   int64_t blocks;
   int threads;
-  size_t shared_bytes = 0;  // dynamic
+  size_t shared_bytes = 0;   // dynamic
+  int cluster = 1;           // blocks that run side by side and read each other's shared memory
+  bool cooperative = false;  // all blocks run side by side, for grid_barrier()
 };
 
 }  // namespace simt
@@ -42,6 +44,7 @@ struct Grid {
 
 #else
 
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -71,6 +74,14 @@ struct Shared {
   T* data;
 
   BMTARD_DEVICE T get(int i) const { return data[i]; }
+  // As written by block `rank` of the cluster before the last cluster_barrier().
+  BMTARD_DEVICE T get_from(int rank, int i) const {
+#if __CUDA_ARCH__ >= 900
+    return *static_cast<const T*>(__cluster_map_shared_rank(data + i, rank));
+#else
+    return data[i];
+#endif
+  }
   BMTARD_DEVICE void set(int i, T value) const { data[i] = value; }
   BMTARD_DEVICE T& own(int i) const { return data[i]; }  // read and written by this thread
   // The first n elements, to hand to a function on plain pointers.
@@ -97,7 +108,37 @@ BMTARD_DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }
 BMTARD_DEVICE int block_id() { return static_cast<int>(blockIdx.x); }
 BMTARD_DEVICE int grid_blocks() { return static_cast<int>(gridDim.x); }
 
+BMTARD_DEVICE int cluster_blocks() {
+#if __CUDA_ARCH__ >= 900
+  return static_cast<int>(__clusterSizeInBlocks());
+#else
+  return 1;
+#endif
+}
+
+BMTARD_DEVICE int cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  return static_cast<int>(__clusterRelativeBlockRank());
+#else
+  return 0;
+#endif
+}
+
 BMTARD_DEVICE void block_barrier() { __syncthreads(); }
+
+// Also a barrier of each of its blocks. No block may leave before the last read of its
+// shared memory by another.
+BMTARD_DEVICE void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+#else
+  __syncthreads();
+#endif
+}
+
+// Of a cooperative launch. What was stored before it is seen by every block after it.
+BMTARD_DEVICE void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
 // The value of the lane whose number differs in the bits of `distance`. All lanes of
 // `mask`, and no other, call it together.
@@ -160,9 +201,44 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
+template <typename Kernel>
+cudaError_t allow_shared(Kernel* kernel, size_t bytes) {
+  constexpr size_t kAlwaysAllowed = 48 * 1024;
+  if (bytes <= kAlwaysAllowed) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(bytes));
+}
+
 // Bytes of shared memory that one block can have.
 inline size_t max_shared_bytes() {
   return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
+// Blocks that a cluster can have on every device that has clusters; 1 without. Code for
+// older architectures knows nothing of them, so it counts what was compiled.
+inline int max_cluster() {
+  constexpr int kPortable = 8;
+  constexpr int kFirst = 900;
+  const int device = 100 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
+                     10 * device_attribute(cudaDevAttrComputeCapabilityMinor);
+  for (const int compiled : {__CUDA_ARCH_LIST__}) {
+    if (compiled >= kFirst && compiled <= device) return kPortable;
+  }
+  return 1;
+}
+
+// Blocks of a cooperative grid; 0 if the device has none.
+template <typename Kernel>
+int resident_blocks(Kernel* kernel, int threads, size_t shared_bytes) {
+  int blocks = 0;
+  if (device_attribute(cudaDevAttrCooperativeLaunch) == 0 ||
+      allow_shared(kernel, shared_bytes) != cudaSuccess ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes) !=
+          cudaSuccess) {
+    (void)cudaGetLastError();
+    return 0;
+  }
+  return blocks * multiprocessors();
 }
 
 constexpr int kInvalidValue = cudaErrorInvalidValue;
@@ -171,18 +247,26 @@ template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), const Grid& grid, void* stream,
            Arguments&&... arguments) {
   if (grid.blocks > INT_MAX) return kInvalidValue;
-  constexpr size_t kAlwaysAllowed = 48 * 1024;
-  cudaError_t error = cudaSuccess;
-  if (grid.shared_bytes > kAlwaysAllowed) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(grid.shared_bytes));
-  }
+  cudaError_t error = allow_shared(kernel, grid.shared_bytes);
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
     config.blockDim = dim3(static_cast<unsigned>(grid.threads));
     config.dynamicSmemBytes = grid.shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute attributes[2];
+    config.attrs = attributes;
+    if (grid.cluster > 1) {
+      cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    }
+    if (grid.cooperative) {
+      cudaLaunchAttribute& cooperative = attributes[config.numAttrs++];
+      cooperative.id = cudaLaunchAttributeCooperative;
+      cooperative.val.cooperative = 1;
+    }
     error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
   }
   // It is reported here; nobody else shall find it as the last error.

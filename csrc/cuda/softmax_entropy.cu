@@ -23,20 +23,21 @@ softmax_entropy_kernel(const BMTARD_GRID_CONSTANT SoftmaxEntropyArgs args, bool 
   using std::log;
   Block<Shape::kThreads> block;
   Group<Shape> group(block);
-  const int64_t row = group.first_row();
+  const int64_t row = group.number(group.block_id());
   if (row >= args.rows) return;
   const int classes = static_cast<int>(args.classes);
   const R inverse = 1 / temperature_of<R>(args, row);
   const Row<Shape> logits(row_of<T>(args.logits, row), classes, group.lane, packed);
   R max;
   const auto sums = softmax_sums<EntropySums<R>, Shape>(logits, classes, inverse, group, max);
-  if (group.lane == 0) {
+  if (group.leads()) {
     put<R>(args.entropy, row, entropy_of(sums));
     if (args.statistics) {
       put<R>(args.statistics, row, max);
       put<R>(args.statistics, args.rows + row, log(sums.s0));
     }
   }
+  group.leave();
 }
 
 // One group a row; one read and one write.
@@ -48,7 +49,7 @@ softmax_entropy_backward_kernel(const BMTARD_GRID_CONSTANT SoftmaxEntropyBackwar
   using R = Real<T>;
   Block<Shape::kThreads> block;
   Group<Shape> group(block);
-  const int64_t row = group.first_row();
+  const int64_t row = group.number(group.block_id());
   if (row >= args.rows) return;
   const int classes = static_cast<int>(args.classes);
   const R inverse = 1 / temperature_of<R>(args, row);
@@ -73,7 +74,8 @@ softmax_entropy_backward_kernel(const BMTARD_GRID_CONSTANT SoftmaxEntropyBackwar
   });
   if (args.grad_temperature) {
     group.sum(variance);
-    if (group.lane == 0) put<R>(args.grad_temperature, row, grad * variance[0] * inverse);
+    if (group.leads()) put<R>(args.grad_temperature, row, grad * variance[0] * inverse);
+    group.leave();
   }
 }
 
@@ -83,9 +85,10 @@ int softmax_entropy(const SoftmaxEntropyArgs& args, void* stream) {
   if (args.rows == 0) return 0;
   return with_shape<kThreads>(args.dtype, args.classes, [&](auto shape) {
     using Shape = decltype(shape);
-    return simt::launch(softmax_entropy_kernel<Shape>,
-                        {ceil_divide(args.rows, Shape::kRows), Shape::kThreads}, stream, args,
-                        packable(args.dtype, args.logits));
+    const int64_t blocks = ceil_divide(args.rows, Shape::kRows);
+    const int split = plan_rows<Shape>(blocks, args.classes, 0).split;
+    return simt::launch(softmax_entropy_kernel<Shape>, {blocks * split, Shape::kThreads, 0, split},
+                        stream, args, packable(args.dtype, args.logits));
   });
 }
 
@@ -95,9 +98,10 @@ int softmax_entropy_backward(const SoftmaxEntropyBackwardArgs& args, void* strea
                       (!args.grad_logits || packable(args.dtype, args.grad_logits, args.classes));
   return with_shape<kThreads>(args.dtype, args.classes, [&](auto shape) {
     using Shape = decltype(shape);
+    const int64_t blocks = ceil_divide(args.rows, Shape::kRows);
+    const int split = plan_rows<Shape>(blocks, args.classes, 0).split;
     return simt::launch(softmax_entropy_backward_kernel<Shape>,
-                        {ceil_divide(args.rows, Shape::kRows), Shape::kThreads}, stream, args,
-                        packed);
+                        {blocks * split, Shape::kThreads, 0, split}, stream, args, packed);
   });
 }
 

@@ -47,26 +47,43 @@ struct Fiber {
   unsigned char out[kMaxPayload];
 };
 
-struct Machine {
-  jmp_buf scheduler;
-  ucontext_t starter;
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  // Of the block that runs.
-  int threads = 0;
+using SharedArrays = std::map<std::pair<const void*, size_t>, std::unique_ptr<SharedArray>>;
+
+// A block that runs.
+struct Block {
   int at_barrier = 0;
+  const Fiber* last_to_wait = nullptr;
   int exited = 0;
   std::vector<uint32_t> exited_lanes;                           // by warp
   std::vector<std::vector<std::pair<uint32_t, int>>> arrivals;  // by warp: mask, lanes there
   uint32_t epoch = 1;
+  SharedArrays shared;
+};
+
+struct Machine {
+  jmp_buf scheduler;
+  ucontext_t starter;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  // The blocks that run side by side: one, a cluster, or a cooperative grid.
+  std::vector<Block> blocks;
+  int first_block = 0;
+  int threads = 0;  // of each
+  int at_common_barrier = 0;
+  const Fiber* last_to_wait = nullptr;
+  int exited = 0;
+  uint32_t round = 1;  // counts the common barriers
+  bool cooperative = false;
   size_t dynamic_bytes = 0;
-  std::map<std::pair<const void*, size_t>, std::unique_ptr<SharedArray>> shared;
   const std::function<void()>* body = nullptr;
   std::exception_ptr fault;
 };
 
 Machine machine;
 
-Fiber& self() { return *machine.fibers[position.thread]; }
+int block_slot() { return position.block - machine.first_block; }
+Block& my_block() { return machine.blocks[block_slot()]; }
+Fiber& fiber_of(int thread) { return *machine.fibers[block_slot() * machine.threads + thread]; }
+Fiber& self() { return fiber_of(position.thread); }
 
 std::string place(int thread) {
   return "block " + std::to_string(position.block) + " thread " + std::to_string(thread) +
@@ -74,9 +91,13 @@ std::string place(int thread) {
          ")";
 }
 
-[[noreturn]] void fail(const std::string& message, const char* file, int line) {
+const char* base_name(const char* file) {
   const char* slash = std::strrchr(file, '/');
-  throw Fault(std::string(slash ? slash + 1 : file) + ":" + std::to_string(line) + ": " +
+  return slash ? slash + 1 : file;
+}
+
+[[noreturn]] void fail(const std::string& message, const char* file, int line) {
+  throw Fault(std::string(base_name(file)) + ":" + std::to_string(line) + ": " +
               place(position.thread) + ": " + message);
 }
 
@@ -88,19 +109,19 @@ void to_scheduler() { jump(self().context, machine.scheduler); }
 
 // Nobody may wait for a thread that leaves.
 void check_exit() {
-  if (machine.at_barrier > 0) {
+  if (my_block().at_barrier + machine.at_common_barrier > 0) {
     throw Fault(place(position.thread) + " leaves while others wait at a barrier");
   }
   const int lane = position.thread % kWarp;
   const int first = position.thread - lane;
   for (int i = first; i < std::min(first + kWarp, machine.threads); ++i) {
-    const Fiber& other = *machine.fibers[i];
+    const Fiber& other = fiber_of(i);
     if (other.state == State::kAtCollective && other.mask >> lane & 1) {
       throw Fault(place(position.thread) + " leaves while lane " + std::to_string(i - first) +
                   " waits for it in line " + std::to_string(other.line));
     }
   }
-  machine.exited_lanes[position.thread / kWarp] |= 1u << lane;
+  my_block().exited_lanes[position.thread / kWarp] |= 1u << lane;
 }
 
 // A fiber lives through many threads: it runs one to its end and waits for the next.
@@ -115,6 +136,7 @@ void fiber_main(unsigned index) {
       machine.fault = std::current_exception();
     }
     fiber.state = State::kExited;
+    ++my_block().exited;
     ++machine.exited;
     to_scheduler();
   }
@@ -147,17 +169,18 @@ void drop_fibers() {
 
 [[noreturn]] void deadlock() {
   std::map<std::string, int> waiting;
-  for (int i = 0; i < machine.threads; ++i) {
+  for (size_t i = 0; i < machine.blocks.size() * machine.threads; ++i) {
     const Fiber& fiber = *machine.fibers[i];
-    const std::string where =
-        std::string(std::strrchr(fiber.file, '/') ? std::strrchr(fiber.file, '/') + 1
-                                                  : fiber.file) +
-        ":" + std::to_string(fiber.line);
+    const std::string where = std::string(base_name(fiber.file)) + ":" + std::to_string(fiber.line);
     ++waiting[fiber.state == State::kExited      ? "have left"
               : fiber.state == State::kAtBarrier ? "wait at the barrier " + where
                                                  : "wait for other lanes at " + where];
   }
-  std::string message = "deadlock in block " + std::to_string(position.block) + ":";
+  std::string message = "deadlock in block " + std::to_string(machine.first_block);
+  if (machine.blocks.size() > 1) {
+    message += " and the " + std::to_string(machine.blocks.size() - 1) + " beside it";
+  }
+  message += ":";
   for (const auto& [what, count] : waiting) {
     message += " " + std::to_string(count) + " threads " + what + ";";
   }
@@ -165,25 +188,33 @@ void drop_fibers() {
   throw Fault(message);
 }
 
-void run_block(int threads, std::mt19937_64& random) {
-  machine.threads = threads;
-  machine.at_barrier = machine.exited = 0;
-  machine.epoch = 1;
+// Runs the blocks from first_block on, side by side.
+void run_blocks(std::mt19937_64& random) {
+  const int threads = machine.threads;
+  const int total = threads * static_cast<int>(machine.blocks.size());
   const int warps = (threads + kWarp - 1) / kWarp;
-  machine.exited_lanes.assign(warps, 0);
-  machine.arrivals.assign(warps, {});
-  for (auto& [key, array] : machine.shared) array->clear();
-  std::vector<int> order(threads);
+  while (static_cast<int>(machine.fibers.size()) < total) add_fiber();
+  machine.at_common_barrier = machine.exited = 0;
+  machine.round = 1;
+  for (Block& block : machine.blocks) {
+    block.at_barrier = block.exited = 0;
+    block.epoch = 1;
+    block.exited_lanes.assign(warps, 0);
+    block.arrivals.assign(warps, {});
+    for (auto& [key, array] : block.shared) array->clear();
+  }
+  std::vector<int> order(total);
   std::iota(order.begin(), order.end(), 0);
-  for (int i = 0; i < threads; ++i) machine.fibers[i]->state = State::kReady;
-  while (machine.exited < threads) {
+  for (int i = 0; i < total; ++i) machine.fibers[i]->state = State::kReady;
+  while (machine.exited < total) {
     if (settings.seed != 0) std::shuffle(order.begin(), order.end(), random);
     bool moved = false;
-    for (const int thread : order) {
-      Fiber& fiber = *machine.fibers[thread];
+    for (const int i : order) {
+      Fiber& fiber = *machine.fibers[i];
       if (fiber.state != State::kReady) continue;
       moved = true;
-      position.thread = thread;
+      position.thread = i % threads;
+      position.block = machine.first_block + i / threads;
       jump(machine.scheduler, fiber.context);
       if (machine.fault) std::rethrow_exception(std::exchange(machine.fault, nullptr));
     }
@@ -207,7 +238,7 @@ void collective(uint32_t mask, Operation operation, int source, const void* in, 
     fail("a lane reads from lane " + std::to_string(source) + ", which the mask leaves out", file,
          line);
   }
-  if (mask & machine.exited_lanes[position.thread / kWarp]) {
+  if (mask & my_block().exited_lanes[position.thread / kWarp]) {
     fail("the mask names a lane that has left", file, line);
   }
   if (machine.threads - first < kWarp && mask >> (machine.threads - first) != 0) {
@@ -223,12 +254,12 @@ void collective(uint32_t mask, Operation operation, int source, const void* in, 
   std::memcpy(fiber.in, in, bytes);
   fiber.state = State::kAtCollective;
 
-  const Fiber& leader = *machine.fibers[first + __builtin_ctz(mask)];
+  const Fiber& leader = fiber_of(first + __builtin_ctz(mask));
   if (leader.state == State::kAtCollective && leader.mask >> lane & 1 && !together(leader, fiber)) {
     fail("a lane of the mask is at another collective, line " + std::to_string(leader.line), file,
          line);
   }
-  auto& arrivals = machine.arrivals[position.thread / kWarp];
+  auto& arrivals = my_block().arrivals[position.thread / kWarp];
   const auto same_mask = [&](const auto& entry) { return entry.first == mask; };
   auto here = std::find_if(arrivals.begin(), arrivals.end(), same_mask);
   if (here == arrivals.end()) here = arrivals.insert(here, {mask, 0});
@@ -237,7 +268,7 @@ void collective(uint32_t mask, Operation operation, int source, const void* in, 
     bool any = false;
     for (int i = 0; i < kWarp; ++i) {
       if (!(mask >> i & 1)) continue;
-      const Fiber& other = *machine.fibers[first + i];
+      const Fiber& other = fiber_of(first + i);
       if (other.state != State::kAtCollective || !together(other, fiber)) {
         fail("lane " + std::to_string(i) + " of the mask is elsewhere", file, line);
       }
@@ -245,11 +276,11 @@ void collective(uint32_t mask, Operation operation, int source, const void* in, 
     }
     for (int i = 0; i < kWarp; ++i) {
       if (!(mask >> i & 1)) continue;
-      Fiber& other = *machine.fibers[first + i];
+      Fiber& other = fiber_of(first + i);
       if (operation == Operation::kAny) {
         other.out[0] = any;
       } else {
-        std::memcpy(other.out, machine.fibers[first + other.source]->in, bytes);
+        std::memcpy(other.out, fiber_of(first + other.source).in, bytes);
       }
       other.state = State::kReady;
     }
@@ -271,62 +302,105 @@ SharedArray::SharedArray(size_t element_bytes, int count, int line)
 }
 
 void SharedArray::clear() {
-  std::fill(access_.begin(), access_.end(), Access{0, 0, 0, 0});
+  std::fill(access_.begin(), access_.end(), Access{});
   std::memset(data_, 0xff, element_bytes_ * access_.size());  // NaN in every type
 }
 
-void SharedArray::race(int i, const char* what, int other) const {
+void SharedArray::race(int i, const char* what, const std::string& other) const {
   throw Fault("race: " + place(position.thread) + " " + what + " element " + std::to_string(i) +
-              " of the shared array declared in line " + std::to_string(line_) +
-              (other < 0 ? std::string(", several threads") : ", thread " + std::to_string(other)) +
+              " of the shared array declared in line " + std::to_string(line_) + ", " + other +
               " without a barrier between");
+}
+
+void SharedArray::check_range(int i, int n) const {
+  if (i >= 0 && n >= 0 && i + n <= static_cast<int>(access_.size())) return;
+  throw Fault(place(position.thread) + " touches elements " + std::to_string(i) + " to " +
+              std::to_string(i + n - 1) + " of a shared array of " +
+              std::to_string(access_.size()) + " declared in line " + std::to_string(line_));
 }
 
 void* SharedArray::at(int i, int n, bool write) {
   const int thread = position.thread;
-  if (i < 0 || n < 0 || i + n > static_cast<int>(access_.size())) {
-    throw Fault(place(thread) + " touches elements " + std::to_string(i) + " to " +
-                std::to_string(i + n - 1) + " of a shared array of " +
-                std::to_string(access_.size()) + " declared in line " + std::to_string(line_));
-  }
+  const uint32_t epoch = my_block().epoch;
+  const auto by = [](int other) {
+    return other < 0 ? std::string("several threads") : "thread " + std::to_string(other);
+  };
+  check_range(i, n);
   for (int j = i; j < i + n; ++j) {
     ++counters.shared_accesses;
     Access& access = access_[j];
-    const bool written_now = access.written == machine.epoch && access.writer != thread;
+    const bool written_now = access.written == epoch && access.writer != thread;
     if (write) {
-      if (written_now) race(j, "writes", access.writer);
-      if (access.read == machine.epoch && access.reader != thread) {
-        race(j, "writes what was read,", access.reader);
+      if (written_now) race(j, "writes", by(access.writer));
+      if (access.read == epoch && access.reader != thread) {
+        race(j, "writes what was read,", by(access.reader));
       }
-      access.written = machine.epoch;
+      if (access.round_read_remotely == machine.round) {
+        race(j, "writes what was read,", "another block");
+      }
+      access.written = epoch;
       access.writer = thread;
+      access.round_written = machine.round;
     } else {
       if (access.written == 0) {
         throw Fault(place(thread) + " reads element " + std::to_string(j) +
                     " of the shared array declared in line " + std::to_string(line_) +
                     " before it is written");
       }
-      if (written_now) race(j, "reads", access.writer);
-      access.reader = access.read == machine.epoch && access.reader != thread ? -1 : thread;
-      access.read = machine.epoch;
+      if (written_now) race(j, "reads", by(access.writer));
+      access.reader = access.read == epoch && access.reader != thread ? -1 : thread;
+      access.read = epoch;
     }
   }
   return data_ + element_bytes_ * i;
 }
 
+const void* SharedArray::remote(int i) {
+  check_range(i, 1);
+  ++counters.remote_accesses;
+  Access& access = access_[i];
+  if (access.written == 0) {
+    throw Fault(place(position.thread) + " reads element " + std::to_string(i) +
+                " of another block's shared array declared in line " + std::to_string(line_) +
+                " before it is written");
+  }
+  if (access.round_written == machine.round) race(i, "reads", "another block");
+  access.round_read_remotely = machine.round;
+  return data_ + element_bytes_ * i;
+}
+
 SharedArray* shared_array(const void* key, size_t element_bytes, int count, int line) {
-  auto& array = machine.shared[{key, element_bytes}];
+  auto& array = my_block().shared[{key, element_bytes}];
   if (!array) array = std::make_unique<SharedArray>(element_bytes, count, line);
   return array.get();
 }
 
 SharedArray* dynamic_shared_array(size_t element_bytes) {
-  auto& array = machine.shared[{&kDynamicKey, element_bytes}];
+  auto& array = my_block().shared[{&kDynamicKey, element_bytes}];
   const size_t count = machine.dynamic_bytes / element_bytes;
   if (!array || array->bytes() != count * element_bytes) {
     array = std::make_unique<SharedArray>(element_bytes, static_cast<int>(count), 0);
   }
   return array.get();
+}
+
+SharedArray* array_of_rank(const SharedArray* mine, int rank) {
+  if (rank < 0 || rank >= position.cluster_blocks) {
+    throw Fault(place(position.thread) + " reads from block " + std::to_string(rank) +
+                " of a cluster of " + std::to_string(position.cluster_blocks));
+  }
+  const SharedArrays& arrays = my_block().shared;
+  const auto here = std::find_if(arrays.begin(), arrays.end(),
+                                 [&](const auto& entry) { return entry.second.get() == mine; });
+  Block& other = machine.blocks[rank];
+  if (other.exited > 0) {
+    throw Fault(place(position.thread) + " reads shared memory of a block that threads have left");
+  }
+  const auto there = other.shared.find(here->first);
+  if (there == other.shared.end()) {
+    throw Fault(place(position.thread) + " reads shared memory that its block has not touched");
+  }
+  return there->second.get();
 }
 
 void exchange(uint32_t mask, int source_lane, const void* in, void* out, size_t bytes,
@@ -342,25 +416,45 @@ bool vote_any(uint32_t mask, bool predicate, const char* file, int line) {
   return out != 0;
 }
 
-void barrier(const char* file, int line) {
+void barrier(Scope scope, const char* file, int line) {
+  if (scope == Scope::kCluster && position.cluster_blocks == 1) scope = Scope::kBlock;
+  const bool common = scope != Scope::kBlock;
+  if (scope == Scope::kGrid && !machine.cooperative) {
+    fail("a barrier of a grid that is not cooperative", file, line);
+  }
   Fiber& fiber = self();
-  if (machine.exited > 0) fail("waits at a barrier that other threads have left", file, line);
-  for (int i = 0; i < machine.threads; ++i) {
-    const Fiber& other = *machine.fibers[i];
-    if (other.state != State::kAtBarrier) continue;
-    if (other.line != line || std::strcmp(other.file, file) != 0) {
-      fail("another thread waits at the barrier in line " + std::to_string(other.line), file, line);
+  Block& block = my_block();
+  if (common ? machine.exited > 0 : block.exited > 0) {
+    fail("waits at a barrier that other threads have left", file, line);
+  }
+  // Those that wait already are at one place.
+  for (const Fiber* other : {block.at_barrier > 0 ? block.last_to_wait : nullptr,
+                             machine.at_common_barrier > 0 ? machine.last_to_wait : nullptr}) {
+    if (!other || (!common && other == machine.last_to_wait)) continue;
+    if (other->line != line || std::strcmp(other->file, file) != 0) {
+      fail("another thread waits at the barrier in line " + std::to_string(other->line), file,
+           line);
     }
-    break;  // those that wait already are at one place
   }
   fiber.file = file;
   fiber.line = line;
   fiber.state = State::kAtBarrier;
-  if (++machine.at_barrier == machine.threads) {
-    machine.at_barrier = 0;
-    ++machine.epoch;
+  (common ? machine.last_to_wait : block.last_to_wait) = &fiber;
+  // The threads that must come.
+  const int first = common ? 0 : block_slot() * machine.threads;
+  const int count =
+      common ? machine.threads * static_cast<int>(machine.blocks.size()) : machine.threads;
+  int& arrived = common ? machine.at_common_barrier : block.at_barrier;
+  if (++arrived == count) {
+    arrived = 0;
     ++counters.barriers;
-    for (int i = 0; i < machine.threads; ++i) machine.fibers[i]->state = State::kReady;
+    if (common) {
+      ++machine.round;
+      for (Block& each : machine.blocks) ++each.epoch;
+    } else {
+      ++block.epoch;
+    }
+    for (int i = first; i < first + count; ++i) machine.fibers[i]->state = State::kReady;
   }
   to_scheduler();
 }
@@ -374,25 +468,32 @@ void check_alignment(const void* address, size_t bytes) {
 
 void run(const Grid& grid, const std::function<void()>& thread_body) {
   ++counters.launches;
-  while (static_cast<int>(machine.fibers.size()) < grid.threads) add_fiber();
+  const int blocks = static_cast<int>(grid.blocks);
+  const int together = grid.cooperative ? blocks : grid.cluster;
   machine.body = &thread_body;
+  machine.threads = grid.threads;
+  machine.cooperative = grid.cooperative;
   machine.dynamic_bytes = grid.shared_bytes;
-  machine.shared.clear();
-  position.grid_blocks = static_cast<int>(grid.blocks);
+  machine.blocks.clear();
+  machine.blocks.resize(together);
+  position.grid_blocks = blocks;
+  position.cluster_blocks = grid.cluster;
   std::mt19937_64 random(settings.seed);
-  std::vector<int> order(grid.blocks);
+  std::vector<int> order(blocks / together);
   std::iota(order.begin(), order.end(), 0);
   if (settings.seed != 0) std::shuffle(order.begin(), order.end(), random);
   try {
-    for (const int block : order) {
-      ++counters.blocks;
-      position.block = block;
-      run_block(grid.threads, random);
-      size_t bytes = 0;
-      for (const auto& [key, array] : machine.shared) {
-        if (key.first != &kDynamicKey) bytes += array->bytes();
+    for (const int team : order) {
+      counters.blocks += together;
+      machine.first_block = team * together;
+      run_blocks(random);
+      for (const Block& block : machine.blocks) {
+        size_t bytes = 0;
+        for (const auto& [key, array] : block.shared) {
+          if (key.first != &kDynamicKey) bytes += array->bytes();
+        }
+        if (bytes > kMaxStaticShared) throw Fault("more than 48 KiB of static shared memory");
       }
-      if (bytes > kMaxStaticShared) throw Fault("more than 48 KiB of static shared memory");
     }
   } catch (...) {
     drop_fibers();

@@ -278,11 +278,12 @@ PYBIND11_MODULE(bmtard_simt, m) {
 
   m.def(
       "configure",
-      [](uint64_t seed, int multiprocessors, size_t max_shared_bytes) {
-        simt::host::settings = {seed, multiprocessors, max_shared_bytes};
+      [](uint64_t seed, int multiprocessors, size_t max_shared_bytes, int max_cluster) {
+        simt::host::settings = {seed, multiprocessors, max_shared_bytes, max_cluster};
       },
       "The order of threads and blocks (0: ascending), and what the device has.", py::kw_only(),
-      py::arg("seed") = 0, py::arg("multiprocessors") = 3, py::arg("max_shared_bytes") = 16 * 1024);
+      py::arg("seed") = 0, py::arg("multiprocessors") = 3, py::arg("max_shared_bytes") = 16 * 1024,
+      py::arg("max_cluster") = 1);
   m.def(
       "take_counters",
       [] {
@@ -292,6 +293,7 @@ PYBIND11_MODULE(bmtard_simt, m) {
         out["blocks"] = now.blocks;
         out["barriers"] = now.barriers;
         out["shared_accesses"] = now.shared_accesses;
+        out["remote_accesses"] = now.remote_accesses;
         return out;
       },
       "What has run since the last call.");

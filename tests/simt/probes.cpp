@@ -9,6 +9,8 @@ namespace bmtard {
 namespace {
 
 constexpr int kThreads = 64;
+constexpr int kBlocks = 4;  // of the probes that have several
+constexpr int kPart = kThreads / kBlocks;
 
 // A value passes from each thread to its neighbour.
 BMTARD_KERNEL(kThreads) pass_on(int* out, bool barrier) {
@@ -76,12 +78,69 @@ BMTARD_KERNEL(kThreads) uneven_groups(int* out) {
   out[thread] = sum + simt::shuffle_xor(simt::kFullWarp, sum, 16);
 }
 
+// As pass_on, from each block to the next of its cluster or grid.
+BMTARD_KERNEL(kThreads) pass_to_the_next_block(int* out, bool barrier, bool stay) {
+  BMTARD_SHARED(int, value, 1);
+  const int thread = simt::thread_id(), rank = simt::cluster_rank();
+  if (thread == 0) value.set(0, rank);
+  if (barrier) {
+    simt::cluster_barrier();
+  } else {
+    simt::block_barrier();
+  }
+  out[rank * kPart + thread % kPart] = value.get_from((rank + 1) % simt::cluster_blocks(), 0);
+  if (stay) simt::cluster_barrier();
+}
+
+BMTARD_KERNEL(kThreads) overwrite_what_others_read(int* out) {
+  BMTARD_SHARED(int, value, 1);
+  const int rank = simt::cluster_rank();
+  if (simt::thread_id() == 0) value.set(0, rank);
+  simt::cluster_barrier();
+  out[rank * kPart] = value.get_from((rank + 1) % simt::cluster_blocks(), 0);
+  simt::block_barrier();
+  if (simt::thread_id() == 0) value.set(0, -1);
+  simt::cluster_barrier();
+}
+
+BMTARD_KERNEL(kThreads) outside_the_cluster(int* out) {
+  BMTARD_SHARED(int, value, 1);
+  value.set(0, simt::thread_id() == 0);
+  out[0] = value.get_from(simt::cluster_blocks(), 0);
+}
+
+BMTARD_KERNEL(kThreads) some_blocks_wait(int*) {
+  if (simt::cluster_rank() > 0) simt::cluster_barrier();
+}
+
+BMTARD_KERNEL(kThreads) different_cluster_barriers(int*) {
+  if (simt::cluster_rank() > 0) {
+    simt::cluster_barrier();
+  } else {
+    simt::cluster_barrier();
+  }
+}
+
+BMTARD_KERNEL(kThreads) grid_waits(int* out) {
+  if (simt::block_id() == 0 && simt::thread_id() == 0) simt::store(out + kThreads - 1, 7);
+  simt::grid_barrier();
+  if (simt::thread_id() < kPart) {
+    out[simt::block_id() * kPart + simt::thread_id()] = simt::load(out + kThreads - 1);
+  }
+}
+
+void pass_on_in_cluster(int* out) { pass_to_the_next_block(out, true, true); }
+void no_cluster_barrier(int* out) { pass_to_the_next_block(out, false, true); }
+void leave_while_others_read(int* out) { pass_to_the_next_block(out, true, false); }
+
 }  // namespace
 
 std::vector<int> run_probe(const std::string& name) {
   alignas(16) static int out[kThreads];
   for (int& value : out) value = -1;
   const simt::Grid grid = {1, kThreads};
+  const simt::Grid cluster = {kBlocks, kThreads, 0, kBlocks};
+  const simt::Grid cooperative = {kBlocks, kThreads, 0, 1, true};
   const std::map<std::string, void (*)(int*)> probes = {
       {"never_written", never_written},
       {"past_the_end", past_the_end},
@@ -93,7 +152,20 @@ std::vector<int> run_probe(const std::string& name) {
       {"lane_has_left", lane_has_left},
       {"misaligned", misaligned},
       {"uneven_groups", uneven_groups}};
-  if (name == "with_barrier" || name == "without_barrier") {
+  const std::map<std::string, void (*)(int*)> cluster_probes = {
+      {"pass_on_in_cluster", pass_on_in_cluster},
+      {"no_cluster_barrier", no_cluster_barrier},
+      {"leave_while_others_read", leave_while_others_read},
+      {"overwrite_what_others_read", overwrite_what_others_read},
+      {"outside_the_cluster", outside_the_cluster},
+      {"some_blocks_wait", some_blocks_wait},
+      {"different_cluster_barriers", different_cluster_barriers},
+      {"grid_barrier_in_a_cluster", grid_waits}};
+  if (name == "grid_barrier") {
+    simt::launch(grid_waits, cooperative, nullptr, out);
+  } else if (cluster_probes.count(name)) {
+    simt::launch(cluster_probes.at(name), cluster, nullptr, out);
+  } else if (name == "with_barrier" || name == "without_barrier") {
     simt::launch(pass_on, grid, nullptr, out, name == "with_barrier");
   } else {
     simt::launch(probes.at(name), grid, nullptr, out);

@@ -1,12 +1,13 @@
 // The primitives of csrc/cuda/simt.cuh on the CPU.
 //
-// Every thread of a block is a fiber that runs until its next collective (shuffle, vote,
-// barrier). Between two collectives the threads run in an order that a seed chooses, so
-// what a kernel gets wrong about its barriers shows in its results. What the hardware
+// Every thread is a fiber that runs until its next collective (shuffle, vote, barrier). The
+// blocks of a cluster run side by side, as do all blocks of a cooperative grid; others one
+// after the other. Between two collectives the threads run in an order that a seed chooses,
+// so what a kernel gets wrong about its barriers shows in its results. What the hardware
 // leaves undefined is a Fault: a lane named in a mask that does not come, a thread that
 // leaves while others wait, two threads at different barriers, a misaligned vector
-// access, shared memory read before it is written, or touched by two threads without a
-// barrier between them.
+// access, shared memory read before it is written, touched by two threads without a
+// barrier between them, or read by another block after its own block has begun to leave.
 #pragma once
 
 #include <cstddef>
@@ -44,6 +45,8 @@ struct Settings {
   uint64_t seed = 0;  // 0: threads and blocks in ascending order
   int multiprocessors = 3;
   size_t max_shared_bytes = 16 * 1024;
+  int max_cluster = 1;  // as on devices without clusters
+  int blocks_a_multiprocessor = 2;
 };
 
 struct Counters {
@@ -51,6 +54,7 @@ struct Counters {
   int64_t blocks = 0;
   int64_t barriers = 0;
   int64_t shared_accesses = 0;
+  int64_t remote_accesses = 0;  // to the shared memory of another block
 };
 
 extern Settings settings;
@@ -61,15 +65,17 @@ struct Position {
   int thread = 0;
   int block = 0;
   int grid_blocks = 0;
+  int cluster_blocks = 1;
 };
 extern Position position;
 
-// An array in shared memory, with the last accesses to each element. Epochs count the
-// barriers of the block from 1; 0 is never.
+// An array in the shared memory of a block, with the last accesses to each element. Epochs
+// count the barriers of the block from 1, rounds those of the cluster; 0 is never.
 class SharedArray {
  public:
   SharedArray(size_t element_bytes, int count, int line);
   void* at(int i, int n, bool write);  // checks an access to elements i .. i + n - 1
+  const void* remote(int i);           // checks that another block reads element i
   void clear();
   size_t bytes() const { return element_bytes_ * access_.size(); }
 
@@ -77,8 +83,10 @@ class SharedArray {
   struct Access {
     uint32_t written, read;
     int writer, reader;  // reader -1: several
+    uint32_t round_written, round_read_remotely;
   };
-  [[noreturn]] void race(int i, const char* what, int other) const;
+  [[noreturn]] void race(int i, const char* what, const std::string& other) const;
+  void check_range(int i, int n) const;
 
   size_t element_bytes_;
   int line_;
@@ -89,14 +97,17 @@ class SharedArray {
 
 SharedArray* shared_array(const void* key, size_t element_bytes, int count, int line);
 SharedArray* dynamic_shared_array(size_t element_bytes);
+// The same array in the shared memory of block `rank` of the cluster.
+SharedArray* array_of_rank(const SharedArray* mine, int rank);
 
 enum class Operation { kExchange, kAny };
+enum class Scope { kBlock, kCluster, kGrid };
 
 // Hands `bytes` over between the lanes of `mask`, which must all come.
 void exchange(uint32_t mask, int source_lane, const void* in, void* out, size_t bytes,
               const char* file, int line);
 bool vote_any(uint32_t mask, bool predicate, const char* file, int line);
-void barrier(const char* file, int line);
+void barrier(Scope scope, const char* file, int line);
 void check_alignment(const void* address, size_t bytes);
 void run(const Grid& grid, const std::function<void()>& thread_body);
 
@@ -107,6 +118,9 @@ struct Shared {
   host::SharedArray* array;
 
   T get(int i) const { return *static_cast<const T*>(array->at(i, 1, false)); }
+  T get_from(int rank, int i) const {
+    return *static_cast<const T*>(host::array_of_rank(array, rank)->remote(i));
+  }
   void set(int i, T value) const { *static_cast<T*>(array->at(i, 1, true)) = value; }
   T& own(int i) const { return *static_cast<T*>(array->at(i, 1, true)); }
   const T* read_all(int n) const { return static_cast<const T*>(array->at(0, n, false)); }
@@ -133,9 +147,19 @@ Shared<T> dynamic_shared() {
 inline int thread_id() { return host::position.thread; }
 inline int block_id() { return host::position.block; }
 inline int grid_blocks() { return host::position.grid_blocks; }
+inline int cluster_blocks() { return host::position.cluster_blocks; }
+inline int cluster_rank() { return block_id() % cluster_blocks(); }
 
 inline void block_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  host::barrier(file, line);
+  host::barrier(host::Scope::kBlock, file, line);
+}
+
+inline void cluster_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  host::barrier(host::Scope::kCluster, file, line);
+}
+
+inline void grid_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  host::barrier(host::Scope::kGrid, file, line);
 }
 
 template <typename V>
@@ -201,6 +225,12 @@ T narrow(R x) {
 
 inline int multiprocessors() { return host::settings.multiprocessors; }
 inline size_t max_shared_bytes() { return host::settings.max_shared_bytes; }
+inline int max_cluster() { return host::settings.max_cluster; }
+
+template <typename Kernel>
+int resident_blocks(Kernel*, int, size_t) {
+  return host::settings.multiprocessors * host::settings.blocks_a_multiprocessor;
+}
 
 constexpr int kInvalidValue = 1;
 
@@ -208,7 +238,9 @@ constexpr int kInvalidValue = 1;
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), const Grid& grid, void*, Arguments&&... arguments) {
   if (grid.blocks < 1 || grid.blocks > INT32_MAX || grid.threads < 1 || grid.threads > 1024 ||
-      grid.shared_bytes > host::settings.max_shared_bytes) {
+      grid.shared_bytes > host::settings.max_shared_bytes || grid.cluster < 1 ||
+      grid.cluster > host::settings.max_cluster || grid.blocks % grid.cluster != 0 ||
+      (grid.cooperative && grid.blocks > resident_blocks(kernel, grid.threads, 0))) {
     return kInvalidValue;
   }
   host::run(grid, [&] { kernel(arguments...); });

@@ -38,6 +38,10 @@ def test_correct_kernels_run(seed):
     rounds = [8 ** (1 + i % 32 // 8) for i in range(64)]
     want = [rounds[i] + rounds[i ^ 16] for i in range(64)]
     assert h.simt().run_probe("uneven_groups") == want
+    h.simt().configure(seed=seed, max_cluster=4)
+    want = [rank for rank in (1, 2, 3, 0) for _ in range(16)]
+    assert h.simt().run_probe("pass_on_in_cluster") == want
+    assert h.simt().run_probe("grid_barrier") == [7] * 64
 
 
 @pytest.mark.parametrize(
@@ -53,12 +57,19 @@ def test_correct_kernels_run(seed):
         ("source_not_in_the_mask", "which the mask leaves out"),
         ("lane_has_left", "waits for it|a lane that has left"),
         ("misaligned", "misaligned access of 8 bytes"),
+        ("no_cluster_barrier", "another block without a barrier|written|not touched"),
+        ("leave_while_others_read", "a block that threads have left|leaves while others wait"),
+        ("overwrite_what_others_read", "writes what was read, .* another block"),
+        ("outside_the_cluster", "reads from block 4 of a cluster of 4|writes"),
+        ("some_blocks_wait", "other threads have left|leaves while others wait"),
+        ("different_cluster_barriers", "another thread waits at the barrier"),
+        ("grid_barrier_in_a_cluster", "a grid that is not cooperative"),
     ],
 )
 @pytest.mark.parametrize("seed", range(4))
 def test_faults_are_seen(probe, message, seed):
     """Whatever the order of the threads; and the machine works on afterwards."""
-    h.simt().configure(seed=seed)
+    h.simt().configure(seed=seed, max_cluster=4)
     with pytest.raises(h.simt().Fault, match=message):
         h.simt().run_probe(probe)
     assert h.simt().run_probe("with_barrier")[0] == 1
