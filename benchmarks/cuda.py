@@ -23,7 +23,8 @@ COLD_FACTOR = 3
 MAX_COPIES = 1024
 """Of the inputs; smaller ones cannot be made cold this way, and it is said."""
 GRAPH_CALLS = 20
-"""Calls in a graph at least."""
+"""Calls in a graph, fewer where that takes longer than ``GRAPH_SECONDS``."""
+GRAPH_SECONDS = 5e-3
 
 WAITS = (
     "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy",
@@ -46,6 +47,8 @@ def count_events(events: Iterable[Any]) -> Counter[str]:
     """What a profile holds: "kernels", "copies" and "waits"."""
     counter: Counter[str] = Counter()
     for event in events:
+        if getattr(event, "is_user_annotation", False):
+            continue  # torch.compile and the profiler mark ranges of the device's time
         if "CUDA" in str(event.device_type):
             is_copy = event.name.startswith(("Memcpy", "Memset"))
             counter["copies" if is_copy else "kernels"] += 1
@@ -102,12 +105,17 @@ class CudaTimer:
         self.synchronize()
         return int(self.cuda.max_memory_allocated(self.device) - before)
 
-    def graph_block(self, function: Function, inputs: Sequence[Inputs], pass_: str) -> Block:
+    def graph_block(
+        self, function: Function, inputs: Sequence[Inputs], pass_: str, seconds: float
+    ) -> Block:
         """Replays of a graph with a call for each of ``inputs``, repeated to ``GRAPH_CALLS``.
 
-        A "backward" graph holds the gradients alone, of forwards that are done before.
+        A "backward" graph holds the gradients alone, of forwards that are done before. seconds: of
+        a call, about.
         """
-        rounds = max(1, math.ceil(GRAPH_CALLS / len(inputs)))
+        calls = min(GRAPH_CALLS, max(1, round(GRAPH_SECONDS / seconds)))
+        rounds = max(1, math.ceil(calls / len(inputs)))
+        self.synchronize()  # the inputs come from another stream
         with self.cuda.stream(self.stream), torch.set_grad_enabled(pass_ != "forward"):
             if pass_ == "backward":
                 forwards = [function(each) for each in inputs]

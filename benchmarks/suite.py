@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bmtard import build_info
 from bmtard.training.report import machine
 
 from .cuda import MAX_COPIES, CudaTimer, copies_for_cold
@@ -246,6 +247,7 @@ def described_machine(device: torch.device) -> dict[str, Any]:
         described["gpu_memory_bytes"] = properties.total_memory
         described["l2_bytes"] = properties.L2_cache_size
         described["cuda"] = torch.version.cuda
+        described["cuda_kernels"] = ", ".join(build_info().cuda_architectures) or "none"
     return described
 
 
@@ -412,7 +414,8 @@ def graph_blocks(
             notes.append(f"{measure}: it waits for the device, which a graph cannot hold")
         else:
             try:
-                blocks[name] = timer.graph_block(function, inputs, pass_)
+                seconds = 1e-6 * records[name].measures["wall"].median_us
+                blocks[name] = timer.graph_block(function, inputs, pass_, seconds)
             except Exception as error:  # of a peer that cannot be captured
                 notes.append(f"{measure}: capture failed: {_one_line(error)}")
                 timer.synchronize()

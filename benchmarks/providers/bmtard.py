@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import bmtard
@@ -52,6 +53,11 @@ class FusedStep(TrainingStep):
 class Bmtard(Provider):
     name = "bmtard"
     title = "bmtard"
+
+    def absent(self, device: torch.device) -> str:
+        if device.type == "cuda" and not bmtard.build_info().cuda:
+            return "bmtard was built without CUDA kernels"
+        return ""
 
     def softmax_entropy(self, spec: Spec) -> Function:
         def run(i: EntropyInputs) -> Outputs:

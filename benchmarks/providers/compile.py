@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from ..ops import pgd_step
@@ -85,6 +86,9 @@ class Compile(Provider):
     def build(self, op: str, spec: Spec) -> Function:
         # Dynamo compiles a function for a handful of shapes at most.
         torch._dynamo.reset()
+        if spec.device.type == "cuda":
+            # A graph of backwards alone runs the same backward several times.
+            torch._functorch.config.donated_buffer = False
         return super().build(op, spec)
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
