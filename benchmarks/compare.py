@@ -1,9 +1,10 @@
 """Two runs side by side: what became slower, and by how much more than noise.
 
-Machines drift between runs, so the time of bmtard is not compared itself but its ratio to another
-provider of the same rounds, whose code has not changed (eager torch where it was measured). That
-ratio has an interval in each run; bmtard is slower where the whole interval of the change lies
-above 1 + tolerance. Where it was measured alone, its times are compared, p20 to p80 as interval.
+Machines drift between runs, so the time of bmtard is compared twice: itself, and as a ratio to
+another provider of the same rounds whose code has not changed (eager torch where it was measured).
+That ratio has an interval in each run. bmtard is slower where its time grew by more than the
+tolerance and the whole interval of the change against the other lies above it as well: either alone
+is a slower machine, or a slower control. Where it was measured alone, p20 to p80 is the interval.
 """
 
 from __future__ import annotations
@@ -32,13 +33,12 @@ class Change:
     """New over old time, drift taken out; above 1 is slower."""
 
     def verdict(self, tolerance: float) -> str:
-        if self.factor.low > 1 + tolerance:
+        limit, grown = 1 + tolerance, self.after_us / self.before_us
+        if self.factor.low > limit and grown > limit:
             return "slower"
-        if self.factor.high < 1 / (1 + tolerance):
+        if self.factor.high < 1 / limit and grown < 1 / limit:
             return "faster"
-        if self.factor.low <= 1 + tolerance < self.factor.median:
-            return "unclear"
-        return "same"
+        return "unclear" if self.factor.median > limit else "same"
 
 
 @dataclass(frozen=True, kw_only=True)

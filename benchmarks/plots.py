@@ -62,7 +62,7 @@ def speedup(report: Report) -> Any | None:
         records = [r for r in chosen if r.op == op]
         last, dtype = records[-1].pass_, records[0].dtype
         records = [r for r in records if r.pass_ == last and r.dtype == dtype]
-        others = [r for r in records if r.measures[r.best_measure].ratio and r.provider != "bmtard"]
+        others = [r for r in records if r.best.ratio and r.provider != "bmtard"]
         if others:
             ops.append((f"{op}, {last}, {dtype}", others))
     if not ops:
@@ -87,7 +87,7 @@ def _bars(axis: Any, title: str, records: Sequence[Record]) -> None:
     width = 0.8 / len(providers)
     for place, provider in enumerate(providers):
         for record in records:
-            ratio = record.measures[record.best_measure].ratio
+            ratio = record.best.ratio
             if record.provider != provider or ratio is None:
                 continue
             x = shapes.index((record.shape, record.dims)) + (place + 0.5) * width - 0.4
@@ -130,7 +130,7 @@ def roofline(report: Report) -> Any | None:
     for index, op in enumerate(dict.fromkeys(r.op for r in records)):
         points = [r for r in records if r.op == op]
         x = [r.flops / r.ideal_bytes for r in points]
-        y = [r.flops / (1e-6 * r.measures[r.best_measure].median_us) for r in points]
+        y = [r.flops / (1e-6 * r.best.median_us) for r in points]
         sizes = [12 + 6 * len(str(r.ideal_bytes)) for r in points]
         axis.scatter(x, y, s=sizes, marker=markers[index % len(markers)], alpha=0.7, label=op)
     axis.set_xscale("log")

@@ -48,7 +48,8 @@ class Record:
     ideal_bytes: int = 0
     flops: int = 0
     measures: dict[str, Measure] = field(default_factory=dict)
-    """"wall"; on CUDA also "graph_hot" and "graph_cold"."""
+    """On the CPU "cpu_time" with one thread, "wall" with more; on CUDA "wall", "graph_hot" and
+    "graph_cold"."""
     notes: list[str] = field(default_factory=list)
     """Why a measure is missing, and the like."""
     kernels: float | None = None
@@ -69,7 +70,12 @@ class Record:
     @property
     def best_measure(self) -> str:
         """The one that says most about the op itself."""
-        return next((m for m in ("graph_cold", "graph_hot", "wall") if m in self.measures), "")
+        order = ("graph_cold", "graph_hot", "cpu_time", "wall")
+        return next((measure for measure in order if measure in self.measures), "")
+
+    @property
+    def best(self) -> Measure:
+        return self.measures[self.best_measure]
 
     def bytes_per_second(self, measure: str) -> float:
         return self.ideal_bytes / (1e-6 * self.measures[measure].median_us)

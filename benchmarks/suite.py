@@ -23,13 +23,14 @@ from .timing import (
     Block,
     call,
     copy_bandwidth,
+    cpu_clock,
     free_memory,
     gradients,
     interleave,
     paired_ratio,
     peak_flops,
+    plain_block,
     quantile,
-    wall_block,
 )
 
 REFERENCE = "bmtard"
@@ -369,9 +370,12 @@ def measure(
         for name, each in collect(blocks, seconds, group.preset.min_rounds).items():
             records[name].measures[measure] = each
 
-    synchronize = timer.synchronize if timer is not None else None
-    timed("wall", {n: wall_block(f, inputs, pass_, synchronize) for n, f in functions.items()})
-    if timer is not None:
+    if timer is None:
+        name, clock = cpu_clock()
+        timed(name, {n: plain_block(f, inputs, pass_, clock) for n, f in functions.items()})
+    else:
+        wall, wait = time.perf_counter, timer.synchronize
+        timed("wall", {n: plain_block(f, inputs, pass_, wall, wait) for n, f in functions.items()})
         for name, function in functions.items():
             once = call(function, inputs, "both" if pass_ == "backward" else pass_)
             with torch.set_grad_enabled(pass_ != "forward"):

@@ -92,9 +92,9 @@ def op_table(op: str, records: Sequence[Record], copy: float, device: str) -> Ta
                 times = [_time(record, m) for m in ("wall", "graph_hot", "graph_cold")]
                 numbers = [*times, ratio_text(record, best), *rates, *counts, peak]
             else:
-                wall = record.measures["wall"]
-                spread = f"{duration(wall.p20_us)} - {duration(wall.p80_us)}"
-                numbers = [duration(wall.median_us), spread, ratio_text(record, best), *rates]
+                time_ = record.best
+                spread = f"{duration(time_.p20_us)} - {duration(time_.p80_us)}"
+                numbers = [duration(time_.median_us), spread, ratio_text(record, best), *rates]
         table.rows.append(shown + numbers + [""] * (len(header) - 4 - len(numbers)))
     return table
 
@@ -121,7 +121,7 @@ def sweep_lines(records: Sequence[Record]) -> dict[tuple[str, str, str], list[tu
     lines: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
     for record in records:
         if record.sweep and record.best_measure:
-            point = (sweep_size(record), record.measures[record.best_measure].median_us)
+            point = (sweep_size(record), record.best.median_us)
             lines.setdefault((record.op, record.sweep, record.provider), []).append(point)
     return {key: sorted(points) for key, points in lines.items()}
 
@@ -214,7 +214,10 @@ class Display:
                 self.progress.TimeRemainingColumn(),
                 self.progress.TextColumn("{task.description}"),
             )
-            self.bar = self.progress.Progress(*columns, console=self.console, transient=True)
+            # A thread that redraws would be timed with the ops.
+            self.bar = self.progress.Progress(
+                *columns, console=self.console, transient=True, auto_refresh=False
+            )
             self.bar.start()
             self.task = self.bar.add_task("", total=None)
         return self
@@ -226,7 +229,7 @@ class Display:
 
     def advance(self, done: int, total: int, text: str) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, total=total, description=text)
+            self.bar.update(self.task, completed=done, total=total, description=text, refresh=True)
         elif time.monotonic() - self.last > self.LINE_INTERVAL:
             self.last = time.monotonic()
             print(f"[{done}/{total}] {text}", file=sys.stderr, flush=True)

@@ -31,8 +31,7 @@ FEWEST_ROUNDS = 3
 """Where the rounds take ``PATIENCE`` times as long as they should."""
 PATIENCE = 5
 
-clock = time.perf_counter
-"""Of the blocks."""
+Clock = Callable[[], float]
 
 Block = Callable[[int], float]
 """Seconds that so many calls took."""
@@ -65,11 +64,29 @@ def call(function: Function, inputs: Inputs, pass_: str) -> Callable[[], Any]:
     return lambda: function(inputs)
 
 
-def wall_block(
-    function: Function, inputs: Inputs, pass_: str, synchronize: Callable[[], None] | None = None
+def cpu_clock() -> tuple[str, Clock]:
+    """The clock for the CPU, and the measure that it gives.
+
+    With one thread it is the time that the process had a core ("cpu_time"), on an idle machine the
+    wall clock's, on a busy one without the time of others. Several threads wait for each other, so
+    with them it is the wall clock ("wall").
+    """
+    if torch.get_num_threads() == 1:
+        return "cpu_time", time.process_time
+    return "wall", time.perf_counter
+
+
+def plain_block(
+    function: Function,
+    inputs: Inputs,
+    pass_: str,
+    clock: Clock,
+    synchronize: Callable[[], None] | None = None,
 ) -> Block:
-    """Blocks of a pass by the wall clock. "forward" is timed without autograd; "backward" alone
-    is timed call by call, each after a forward that is not."""
+    """Blocks of a pass, called as a user calls it.
+
+    "forward" is timed without autograd; "backward" call by call, each after a forward that is not.
+    """
     once = call(function, inputs, pass_)
 
     def block(calls: int) -> float:
@@ -172,13 +189,14 @@ def peak_flops(device: torch.device, *, size: int = 768, seconds: float = 0.3) -
 def _median_seconds(function: Callable[[], Any], device: torch.device, seconds: float) -> float:
     """The median of single calls."""
     times: list[float] = []
+    clock = time.perf_counter if device.type == "cuda" else cpu_clock()[1]
     end = time.perf_counter() + seconds
     while len(times) < 7 or time.perf_counter() < end:
-        start = time.perf_counter()
+        start = clock()
         function()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return quantile(times[2:], 0.5)
 
 

@@ -40,13 +40,14 @@ class PerplexitySearch:
         """float32 [N, C], or [N, C + 1] where C >= N: it then takes the matrix for distances
         between the samples themselves, and leaves the diagonal out."""
         if self.prepared is None or self.prepared[0] is not inputs.logits:
-            distances = inputs.logits.amax(-1, keepdim=True) - inputs.logits
+            logits = inputs.logits.float()
+            distances = logits.amax(-1, keepdim=True) - logits
             rows, classes = distances.shape
             if classes >= rows:
                 padded = distances.new_zeros(rows, classes + 1)
                 off_diagonal = ~torch.eye(rows, classes + 1, dtype=torch.bool)
                 distances = padded.masked_scatter_(off_diagonal, distances)
-            self.prepared = inputs.logits, distances.float().contiguous().numpy()
+            self.prepared = inputs.logits, distances.contiguous().numpy()
         return self.prepared[1]
 
     def __call__(self, inputs: SearchInputs) -> Outputs:

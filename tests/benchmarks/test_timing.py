@@ -111,9 +111,24 @@ def test_backward_block_times_the_gradient_alone():
         time.sleep(0.005)
         return (2 * x,)
 
-    seconds = {p: timing.wall_block(function, inputs, p)(3) for p in ("both", "backward")}
+    seconds = {
+        p: timing.plain_block(function, inputs, p, time.perf_counter)(3)
+        for p in ("both", "backward")
+    }
     assert seconds["both"] >= 0.015
     assert seconds["backward"] < 0.005
+
+
+def test_one_thread_is_timed_without_the_time_of_others():
+    name, clock = timing.cpu_clock()
+    start = clock()
+    time.sleep(0.05)
+    assert (name, clock() - start < 0.04) == ("cpu_time", True)
+    torch.set_num_threads(2)  # the fixture sets it back
+    name, clock = timing.cpu_clock()
+    start = clock()
+    time.sleep(0.05)
+    assert (name, clock() - start >= 0.05) == ("wall", True)
 
 
 def test_worst_step_finds_a_cliff():
