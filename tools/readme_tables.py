@@ -55,20 +55,25 @@ def whole_op(report: Report, op: str, shape: str) -> dict[str, Record]:
     return {r.provider: r for r in records if r.pass_ == records[-1].pass_}
 
 
+def ratio_cell(record: Record | None) -> str:
+    ratio = None if record is None or record.provider == "bmtard" else record.best.ratio
+    return "-" if ratio is None else "tie" if ratio.tie else f"{ratio.median:.1f}"
+
+
 def cells(records: dict[str, Record], providers: Sequence[str]) -> list[str]:
     """bmtard's time, and the times of the others over it."""
-    found = [duration(records["bmtard"].best.median_us)]
-    for name in providers:
-        ratio = records[name].best.ratio if name in records else None
-        found.append("-" if ratio is None else "tie" if ratio.tie else f"{ratio.median:.1f}")
-    return found
+    ratios = [ratio_cell(records.get(name)) for name in providers]
+    return [duration(records["bmtard"].best.median_us), *ratios]
 
 
 def source(report: Report, name: str) -> str:
     machine = report.machine
     plural = "s" if report.threads > 1 else ""
+    clock = {"cpu_time": "CPU time", "wall": "wall clock"}[
+        next(record.best_measure for record in report.records if record.measures)
+    ]
     return (
-        f"float32; {machine['processor']}, {report.threads} thread{plural}, kernels "
+        f"float32; {clock}; {machine['processor']}, {report.threads} thread{plural}, kernels "
         f"{machine['kernels']}, load {machine['load']}; torch {machine['torch']}; "
         f"{report.date[:10]}; `{report.command}`; "
         f"[benchmarks/results/{name}](benchmarks/results/{name})."
@@ -88,8 +93,8 @@ def head() -> str:
     header += ["bmtard, bisect", "eager", "torch.compile"]
     return (
         f"{markdown_table(header, rows)}\n\n"
-        "Time of bmtard, and how many times as long the others take; two teachers, forward and "
-        f"gradient; {source(report, name)}"
+        "Time of bmtard, and how many times as long the others take (tie: the 99 % interval of that "
+        f"ratio holds 1); two teachers, forward and gradient; {source(report, name)}"
     )
 
 
@@ -125,11 +130,12 @@ def step() -> str:
                 [
                     {"bmtard": "bmtard", "eager": "published code"}[record.provider],
                     duration(record.best.median_us),
+                    ratio_cell(record),
                     *(duration(1e3 * milliseconds) for milliseconds in phases),
                     f"{100 * record.phases_ms['head'] / total:.2f} %",
                 ]
             )
-    header = ["One training step", "Whole", "PGD-10", "Head", "Head's share"]
+    header = ["One training step", "Whole", "Over bmtard's", "PGD-10", "Head", "Head's share"]
     batch, *image = report.records[0].dims
     size = " x ".join(map(str, image))
     return f"{markdown_table(header, rows)}\n\n{batch} images of {size}; {source(report, name)}"
