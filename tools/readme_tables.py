@@ -93,8 +93,8 @@ def head() -> str:
     header += ["bmtard, bisect", "eager", "torch.compile"]
     return (
         f"{markdown_table(header, rows)}\n\n"
-        "Time of bmtard, and how many times as long the others take (tie: the 99 % interval of that "
-        f"ratio holds 1); two teachers, forward and gradient; {source(report, name)}"
+        "Time of bmtard, and how many times as long the others take (tie: the 99 % interval of "
+        f"that ratio holds 1); two teachers, forward and gradient; {source(report, name)}"
     )
 
 
