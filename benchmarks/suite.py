@@ -318,7 +318,24 @@ def measure_group(
                 f"needs about {needed / 2**30:.1f} GiB, --max-memory is {max_memory / 2**30:.1f}"
             )
         return list(records.values())
+    try:
+        check_and_measure(group, records, providers, seconds, timer)
+    except torch.OutOfMemoryError as error:  # of a device; the kernel kills on the CPU
+        for record in records.values():
+            if record.status == "ok" and not record.measures:
+                record.status, record.reason = "skipped", _one_line(error)
+    return list(records.values())
 
+
+def check_and_measure(
+    group: Group,
+    records: dict[tuple[str, str], Record],
+    providers: dict[str, Provider],
+    seconds: float | None,
+    timer: CudaTimer | None,
+) -> None:
+    """Fills the records, by pass and provider, of one group."""
+    op, spec = group.op, group.spec
     inputs = op.inputs(spec, 0)
     expected = op.oracle(inputs)
     for pass_ in group.passes:
@@ -338,7 +355,6 @@ def measure_group(
         limit = group.preset.seconds if seconds is None else seconds
         pass_records = {name: records[pass_, name] for name in functions}
         measure(group, functions, pass_records, inputs, pass_, limit, timer)
-    return list(records.values())
 
 
 def check(op: Op, expected: Any, inputs: Inputs, function: Function, pass_: str) -> str:
@@ -379,9 +395,12 @@ def measure(
         for name, function in functions.items():
             once = call(function, inputs, "both" if pass_ == "backward" else pass_)
             with torch.set_grad_enabled(pass_ != "forward"):
-                counts = timer.counts(once)
-                records[name].kernels, records[name].waits = counts.kernels, counts.waits
                 records[name].peak_bytes = timer.peak_bytes(once)
+                try:
+                    counts = timer.counts(once)
+                    records[name].kernels, records[name].waits = counts.kernels, counts.waits
+                except RuntimeError as error:  # profiling may be forbidden
+                    records[name].notes.append(f"kernels, waits: {_one_line(error)}")
         if group.op.capturable:
             sets = cold_inputs(group, inputs, timer)
             for measure, each in (("graph_hot", [inputs]), ("graph_cold", sets)):
@@ -414,7 +433,7 @@ def graph_blocks(
         notes = records[name].notes
         if not inputs:
             notes.append(f"{measure}: the inputs are too small to outgrow the L2")
-        elif records[name].waits:
+        elif (records[name].waits or 0.0) >= 0.5:
             notes.append(f"{measure}: it waits for the device, which a graph cannot hold")
         else:
             try:

@@ -10,6 +10,7 @@ import torch
 from bmtard.benchmarks import suite
 from bmtard.benchmarks.ops.bisect_temperature import BisectTemperature
 from bmtard.benchmarks.providers.bmtard import Bmtard
+from bmtard.benchmarks.providers.compile import Compile
 from bmtard.benchmarks.providers.eager import Eager
 from bmtard.benchmarks.providers.sklearn import Sklearn
 from bmtard.benchmarks.shapes import draw
@@ -55,6 +56,21 @@ def test_other_numbers_of_teachers(name, teachers):
     expected = op.oracle(inputs)
     for provider in (Bmtard(), Eager()):
         assert suite.check(op, expected, inputs, provider.build(name, case), "both") == ""
+
+
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.name != "bmtard_step"])
+def test_compiled_provider_is_one_graph_and_right(op, monkeypatch):
+    """Traced as torch.compile would; without Inductor, which takes seconds for each."""
+
+    def compiled(self, function):
+        return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
+
+    monkeypatch.setattr(Compile, "compiled", compiled)
+    shape = (16, 10) if op.rank == 2 else (2, 3, 4, 4)
+    case = Spec(shape=Shape(name="test", dims=shape), dtype=torch.float32, device=CPU)
+    inputs = op.inputs(case, 0)
+    function = Compile().build(op.name, case)
+    assert suite.check(op, op.oracle(inputs), inputs, function, op.passes[-1]) == ""
 
 
 # More rows than classes, fewer, and as many: scikit-learn leaves a diagonal out of the latter two.
@@ -197,6 +213,24 @@ def test_cases_over_the_memory_limit_are_listed(measured):
     assert any(
         line.startswith("skipped bmtard on softmax_entropy 4096x1000") for line in problems(report)
     )
+
+
+def test_running_out_of_memory_is_listed(measured):
+    class Large(Bmtard):
+        def softmax_entropy(self, spec):
+            calls = []
+
+            def run(inputs):
+                calls.append(1)
+                if len(calls) > 1:  # right, but too large beside the others
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return super(Large, self).softmax_entropy(spec)(inputs)
+
+            return run
+
+    report = measured({"large": Large()}, ops=("softmax_entropy",), providers=("large",))
+    assert report.records[0].status == "skipped"
+    assert "out of memory" in report.records[0].reason
 
 
 def test_memory_estimate_covers_inputs_and_oracle():
