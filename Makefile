@@ -12,7 +12,13 @@ CXX_FILES = $(shell git ls-files '*.h' '*.cuh' '*.cpp' '*.cu')
 SOURCES := CMakeLists.txt setup.py $(shell find cmake csrc tests/simt -type f -name '*.[ch]*' 2>/dev/null)
 INSTALL := env BMTARD_CUDA_ARCHS="$(ARCHS)" BMTARD_BUILD_TESTS=1 $(BIN)/pip install --no-build-isolation
 
-.PHONY: help venv demo test lint format wheel test-wheel bench clean
+# A CUDA build of torch, for make cuda-check.
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= torch==2.11.0
+# A GPU host may have its own Python with torch, and no network.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+.PHONY: help venv demo test sanitize cuda-check gpu lint format wheel test-wheel bench clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## /\1\t/p' Makefile | expand -t 12
@@ -24,6 +30,15 @@ demo: venv  ## train B-MTARD and its baselines on the bundled digits
 
 test: venv  ## all tests that this machine can run
 	BMTARD_REQUIRE_NATIVE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+sanitize: venv  ## the CUDA kernels on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simt.sanitize $(PYTEST_ARGS) tests/simt
+
+cuda-check: $(CUDA_VENV)/installed  ## compile the CUDA kernels, check their machine code; no GPU needed
+	$(CUDA_VENV)/bin/python tools/cuda_check.py
+
+gpu:  ## on a GPU: tests, compute-sanitizer, CUDA graphs, benchmarks
+	$(GPU_PYTHON) tools/gpu_check.py $(GPU_ARGS)
 
 lint: venv  ## check style and types; changes nothing
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -40,6 +55,13 @@ test-wheel: wheel  ## that wheel under other Pythons and torches
 
 bench: venv  ## time the ops against what they replace; BENCH_ARGS="--quick" for a look
 	$(BIN)/bmtard bench $(BENCH_ARGS)
+
+# Before gigabytes are fetched, the tool says whether there is an nvcc.
+$(CUDA_VENV)/installed:
+	$(PYTHON) tools/cuda_check.py --nvcc
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/pip install $(CUDA_TORCH) numpy "cmake>=3.24" ninja \
+	  "nvidia-cuda-cuobjdump==13.5.37" "nvidia-cuda-nvdisasm==13.5.37" && touch $@
 
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist bmtard/_C*.so *.egg-info $(VENV)/installed

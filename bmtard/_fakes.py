@@ -53,14 +53,22 @@ def _(students, teachers, temperature, value, student_temperature, eps, with_sta
     return kl, kl.new_empty((5, k, n) if with_statistics else (0,))
 
 
+@register_fake("bmtard::multi_teacher_kl_with_gradients")
+def _(students, teachers, temperature, value, student_temperature, eps, coefficient):
+    n, c = _rows_of(students[0]), students[0].shape[1]
+    acc = accumulation_dtype(students[0].dtype)
+    kl = students[0].new_empty((len(students), n), dtype=acc)
+    return kl, [students[0].new_empty((n, c)) for _ in students]
+
+
 @register_fake("bmtard::multi_teacher_kl_backward")
 def _(grad, students, teachers, temperature, value, student_temperature, eps, statistics,
       wants_students, wants_teachers, wants_temperature):  # fmt: skip
     n, c = _rows_of(students[0]), students[0].shape[1]
     k = max(len(students), len(teachers))
     return (
-        students[0].new_empty((wants_students.bit_count(), n, c)),
-        teachers[0].new_empty((wants_teachers.bit_count(), n, c)),
+        [students[0].new_empty((n, c)) for _ in range(wants_students.bit_count())],
+        [teachers[0].new_empty((n, c)) for _ in range(wants_teachers.bit_count())],
         grad.new_empty((k, n) if wants_temperature else (0, n)),
     )
 
@@ -79,3 +87,8 @@ def _(students, teachers, *rest):
 @register_fake("bmtard::pgd_step_")
 def _(x_adv, grad, x, step_size, epsilon, low, high, l2):
     torch._check(x_adv.shape == grad.shape == x.shape, lambda: "expected equal shapes")
+
+
+@register_fake("bmtard::scale_")
+def _(buffers, factor):
+    torch._check(factor.numel() == 1, lambda: "expected one factor")

@@ -294,18 +294,19 @@ class BMTARDLoss(_Balance):
 
     def state(self) -> BalanceState:
         """The buffers that a step reads and writes, not copies of them."""
-        # nn.Module's attribute look-up would cost as much as the kernel.
+        # Past nn.Module's attribute look-up, which takes half a microsecond for each.
         buffers: Any = self._buffers
         return BalanceState(*[buffers[name] for name in BalanceState._fields])
 
     def forward(self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor]) -> Tensor:
         averages = self.process_group is not None and self.training
-        if averages or not ops.use_native(self.weights):
+        state = self.state()
+        if averages or not ops.use_native(state.weights):
             return self._stepwise(student_logits, teacher_logits)
         return ops.bmtard_loss(
             student_logits,
             teacher_logits,
-            self.state(),
+            state,
             update=self.training,
             mode=self.balance,
             bounds=self.temperature_bounds,

@@ -33,7 +33,8 @@ class _Native:
     def __init__(self) -> None:
         for name in (
             "softmax_entropy", "softmax_entropy_backward", "bisect_temperature",
-            "multi_teacher_kl", "multi_teacher_kl_backward", "bmtard_loss", "pgd_step_",
+            "multi_teacher_kl", "multi_teacher_kl_with_gradients", "multi_teacher_kl_backward",
+            "bmtard_loss", "pgd_step_", "scale_",
         ):  # fmt: skip
             setattr(self, name, getattr(torch.ops.bmtard, name).default)
 
@@ -270,6 +271,13 @@ def multi_teacher_kl(
             )
 
     dtype = accumulation_dtype(first.dtype)
+    divisor = None  # of the sum over the rows; None: no sum
+    if reduction != "none":
+        classes = first.shape[-1]
+        rows = first.numel() // classes
+        divisor = {"sum": 1, "batchmean": rows, "mean": rows * classes}[reduction]
+    # Without weights in between, the sum needs no node of its own in the graph.
+    inner = divisor if sample_weight is None else None
     if not use_native(first):
         kl = reference.multi_teacher_kl(
             students if len(students) == count else students * count,
@@ -278,28 +286,51 @@ def multi_teacher_kl(
             student_temperature=student_temperature,
             eps=eps,
         )
+        if inner is not None:
+            kl = _reduced(kl.flatten(1), inner)
     else:
         tensor, value = _split(temperature, torch.float64)
-        if _wants_grad(tensor, *students, *teachers):
+        wants_grad = _wants_grad(tensor, *students, *teachers)
+        if (
+            wants_grad
+            and weight is not None
+            and divisor
+            and len(students) == count
+            and all(s.requires_grad for s in students)
+            and not _wants_grad(tensor, weight, sample_weight, *teachers)
+        ):
+            # All that the gradients need is known already: they come from the same launch.
+            coefficient = weight.to(dtype) / divisor
+            if scale_by_temperature:
+                coefficient = coefficient * (temperature * temperature)
+            coefficient = coefficient.to(dtype).view(count, 1).expand(count, rows)
+            if sample_weight is not None:
+                coefficient = coefficient * sample_weight.to(dtype).view(-1, rows)
+            kl, grads = _native.multi_teacher_kl_with_gradients(
+                [_rows(s.detach()) for s in students], [_rows(t) for t in teachers],
+                tensor, value, student_temperature, eps, coefficient,
+            )  # fmt: skip
+            loss = (kl * coefficient).sum()
+            return _AttachGradients.apply(op, loss, *grads, *(_rows(s) for s in students))
+        if wants_grad:
             kl = _MultiTeacherKL.apply(
-                tensor, value, student_temperature, eps, len(students), *students, *teachers
-            )
+                tensor, value, student_temperature, eps, len(students), inner,
+                *students, *teachers,
+            )  # fmt: skip
         else:
             kl = _native.multi_teacher_kl(
                 [_rows(s) for s in students], [_rows(t) for t in teachers],
                 tensor, value, student_temperature, eps, False,
             )[0]  # fmt: skip
-            kl = kl if first.dim() == 2 else kl.view(count, *rows_shape)
+            if inner is not None:
+                kl = _reduced(kl, inner)
+            elif first.dim() != 2:
+                kl = kl.view(count, *rows_shape)
 
     if sample_weight is not None:
         kl = kl * sample_weight.to(dtype)
-    if reduction != "none":
-        classes = first.shape[-1]
-        rows = first.numel() // classes
-        kl = kl.flatten(1).sum(1)
-        if reduction != "sum":
-            # No rows: 0 / 0 = NaN, the mean of nothing.
-            kl = kl / (rows * classes if reduction == "mean" else rows)
+        if divisor is not None:
+            kl = _reduced(kl.flatten(1), divisor)
     if scale_by_temperature:
         squared = temperature * temperature
         if isinstance(squared, Tensor):
@@ -349,17 +380,19 @@ def pgd_step_(
     Source: Madry et al., ICLR 2018. Arithmetic is float32 for half types, rounded once at the end.
     """
     op = "pgd_step_"
-    for name, tensor in (("x_adv", x_adv), ("grad", grad), ("x", x)):
-        _check_floating(op, name, tensor)
-        if tensor.shape != x_adv.shape or tensor.dim() == 0:
-            raise ValueError(
-                f"{op}: {name} must have the shape of x_adv, [N, ...], here "
-                f"{list(x_adv.shape)}, got {list(tensor.shape)}"
-            )
-        if tensor.device != x_adv.device:
-            raise ValueError(
-                f"{op}: {name} must be on the device of x_adv, {x_adv.device}, got {tensor.device}"
-            )
+    if not _same_kind(x_adv, (x_adv, grad, x)) or x_adv.dim() == 0:
+        for name, tensor in (("x_adv", x_adv), ("grad", grad), ("x", x)):
+            _check_floating(op, name, tensor)
+            if tensor.shape != x_adv.shape or tensor.dim() == 0:
+                raise ValueError(
+                    f"{op}: {name} must have the shape of x_adv, [N, ...], here "
+                    f"{list(x_adv.shape)}, got {list(tensor.shape)}"
+                )
+            if tensor.device != x_adv.device:
+                raise ValueError(
+                    f"{op}: {name} must be on the device of x_adv, {x_adv.device}, "
+                    f"got {tensor.device}"
+                )
     if x_adv.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{op}: x_adv requires grad, so it cannot be overwritten here; "
@@ -374,16 +407,16 @@ def pgd_step_(
     if norm not in ("linf", "l2"):
         raise ValueError(f"{op}: norm must be 'linf' or 'l2', got {norm!r}")
 
-    grad, x = grad.detach(), x.detach()
+    if torch.is_grad_enabled():
+        grad, x = grad.detach(), x.detach()
     if not use_native(x_adv):
         return reference.pgd_step_(
             x_adv, grad, x,
             step_size=step_size, epsilon=epsilon, low=low, high=high, norm=norm,
         )  # fmt: skip
-    _native.pgd_step_(
-        x_adv, grad.to(x_adv.dtype), x.to(x_adv.dtype),
-        step_size, epsilon, low, high, norm == "l2",
-    )  # fmt: skip
+    if not grad.dtype == x.dtype == x_adv.dtype:
+        grad, x = grad.to(x_adv.dtype), x.to(x_adv.dtype)
+    _native.pgd_step_(x_adv, grad, x, step_size, epsilon, low, high, norm == "l2")
     _mark_overwritten(x_adv)
     return x_adv
 
@@ -411,31 +444,32 @@ def bmtard_loss(
     """
     students, teachers = balanced_pairs(student_logits, teacher_logits, state.weights)
     first = students[0]
-    classes = first.shape[-1]
-    rows = first.numel() // classes
+    if first.dim() != 2:
+        students, teachers = [_rows(s) for s in students], [_rows(t) for t in teachers]
+    rows, classes = students[0].shape
     divisor = {"mean": rows * classes, "batchmean": rows, "sum": 1}[reduction]
     scale = 1.0 / divisor if divisor else math.nan  # the mean of nothing
 
-    low, high = bounds
-    students, teachers = [_rows(s) for s in students], [_rows(t) for t in teachers]
     wants_grad = _wants_grad(*students)
     # The op changes the state, so it stands outside of autograd; the gradients that it has
     # already computed are attached afterwards.
     loss, grads = _native.bmtard_loss(
-        [s.detach() for s in students], teachers, *state,
-        update, mode == "sign", low, high, temperature_momentum, loss_exponent,
+        [s.detach() for s in students] if wants_grad else students, teachers, *state,
+        update, mode == "sign", *bounds, temperature_momentum, loss_exponent,
         student_temperature, eps, scale, tolerance, max_iterations, wants_grad,
     )  # fmt: skip
     if update:
         _mark_overwritten(*state[:5], state.step, state.status)
-    return _AttachGradients.apply(loss, grads, *students) if wants_grad else loss
+    if not wants_grad:
+        return loss
+    return _AttachGradients.apply("BMTARDLoss", loss, *grads.unbind(), *students)
 
 
 def balanced_pairs(
     student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], weights: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The contract of :class:`BMTARDLoss` on its inputs; both as lists of K."""
-    op, count = "BMTARDLoss", len(weights)
+    op, count = "BMTARDLoss", weights.numel()
     students, teachers = _pair(op, student_logits, teacher_logits)
     for name, side in (("student_logits", students), ("teacher_logits", teachers)):
         if len(side) != count:
@@ -443,8 +477,9 @@ def balanced_pairs(
                 f"{op}: {name} must be a sequence of {count} tensors, one for each teacher, "
                 f"got {len(side)}"
             )
-    for k, logits in enumerate(teachers):
-        check_constant(op, k, logits)
+    if torch.is_grad_enabled():
+        for k, logits in enumerate(teachers):
+            check_constant(op, k, logits)
     if weights.device != students[0].device:
         raise ValueError(
             f"{op}: the module's state must be on the device of student_logits, "
@@ -465,8 +500,9 @@ def check_constant(op: str, k: int, teacher_logits: Tensor) -> None:
 # --- Autograd -------------------------------------------------------------------------------
 
 
-def _once_differentiable(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A ``backward`` whose results raise when they are differentiated again.
+def _once_differentiable(op: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A ``backward`` whose results raise, in the name of ``op`` or of ``ctx.op``, when they are
+    differentiated again.
 
     torch's own decorator of that name raises a RuntimeError, and costs a grad-mode guard also in
     the usual case, where no graph of the gradients is wanted.
@@ -480,7 +516,7 @@ def _once_differentiable(op: str) -> Callable[[Callable[..., Any]], Callable[...
             with torch.no_grad():
                 grads = backward(ctx, *grad_outputs)
             sources = (*grad_outputs, *ctx.saved_tensors)
-            return _NoDoubleBackward.apply(op, len(grads), *grads, *sources)
+            return _NoDoubleBackward.apply(op or ctx.op, len(grads), *grads, *sources)
 
         return wrapper
 
@@ -588,6 +624,7 @@ class _MultiTeacherKL(torch.autograd.Function):
         student_temperature: float,
         eps: float,
         num_students: int,
+        divisor: int | None,
         *logits: Tensor,
     ) -> Tensor:
         rows = [_rows(x) for x in logits]
@@ -596,22 +633,29 @@ class _MultiTeacherKL(torch.autograd.Function):
             temperature, value, student_temperature, eps, True,
         )  # fmt: skip
         ctx.options = (value, student_temperature, eps)
-        ctx.num_students = num_students
+        ctx.num_students, ctx.divisor = num_students, divisor
         ctx.save_for_backward(temperature, statistics, *logits)
+        if divisor is not None:
+            return _reduced(kl, divisor)
         return kl if logits[0].dim() == 2 else kl.view(kl.shape[0], *logits[0].shape[:-1])
 
     @staticmethod
     @_once_differentiable("multi_teacher_kl")
     def backward(ctx: Any, grad: Tensor) -> Any:
         temperature, statistics, *logits = ctx.saved_tensors
-        wants_temperature, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        wants_temperature, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         n = ctx.num_students
         rows = [_rows(x) for x in logits]
+        if ctx.divisor is None:
+            grad = grad.flatten(1)
+        else:
+            grad = grad if ctx.divisor == 1 else grad / ctx.divisor
+            grad = grad.unsqueeze(1).expand(-1, rows[0].shape[0])
         grad_students, grad_teachers, grad_temperature = _native.multi_teacher_kl_backward(
-            grad.flatten(1), rows[:n], rows[n:], temperature, *ctx.options, statistics,
+            grad, rows[:n], rows[n:], temperature, *ctx.options, statistics,
             _mask(wants[:n]), _mask(wants[n:]), wants_temperature,
         )  # fmt: skip
-        computed = iter([*grad_students.unbind(), *grad_teachers.unbind()])
+        computed = iter([*grad_students, *grad_teachers])
         grad_logits = [
             next(computed).view(x.shape) if wanted else None
             for x, wanted in zip(logits, wants, strict=True)
@@ -622,25 +666,38 @@ class _MultiTeacherKL(torch.autograd.Function):
             grad_temperature = grad_temperature.sum(1).to(temperature.dtype)
             if temperature.dim() == 0:
                 grad_temperature = grad_temperature.sum()
-        return (grad_temperature, None, None, None, None, *grad_logits)
+        return (grad_temperature, None, None, None, None, None, *grad_logits)
 
 
 class _AttachGradients(torch.autograd.Function):
-    """Gives a loss the gradients that were computed with it."""
+    """Gives a loss the gradients that were computed with it, as many as the students after them."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, grads: Tensor, *students: Tensor) -> Tensor:
-        ctx.save_for_backward(grads, *students)
+    def forward(ctx: Any, op: str, loss: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.op = op
+        ctx.save_for_backward(*tensors)
         return loss
 
     @staticmethod
-    @_once_differentiable("BMTARDLoss")
+    @_once_differentiable()
     def backward(ctx: Any, grad: Tensor) -> Any:
-        grads = ctx.saved_tensors[0]
-        # On the host the usual gradient of 1 costs a look instead of a pass over memory.
-        if not grad.is_cpu or torch.compiler.is_compiling() or grad.item() != 1.0:
-            grads = grads * grad.to(grads.dtype)
-        return (None, None, *grads.unbind())
+        saved = ctx.saved_tensors
+        grads = saved[: len(saved) // 2]
+        # The usual gradient of 1 costs a look, on the host or on the device, instead of a pass
+        # over memory. What may be asked for again must stay as it is.
+        if torch.compiler.is_compiling() or (grad.is_cuda and _graph_is_kept()):
+            grads = [g * grad.to(g.dtype) for g in grads]
+        elif grad.is_cuda:
+            _native.scale_(grads, grad)
+        elif grad.item() != 1.0:
+            grads = [g * grad.to(g.dtype) for g in grads]
+        return (None, None, *(None,) * len(grads), *grads)
+
+
+# Of torch itself, which asks it before it reuses the buffers of a compiled backward.
+_graph_is_kept: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
 
 
 # --- Contracts ------------------------------------------------------------------------------
@@ -726,10 +783,51 @@ def _check_companion(op: str, name: str, tensor: Tensor, logits: Tensor) -> None
         )
 
 
+def _alike(students: Any, teachers: Any) -> bool:
+    """Whether the logits keep the contract of :func:`_pair` as they are.
+
+    The usual case, of which it costs a few microseconds less to be sure than to look for faults.
+    """
+    if type(students) not in (list, tuple) or type(teachers) not in (list, tuple):
+        return False
+    counts = (len(students), len(teachers))
+    if min(counts) < 1 or max(counts) > MAX_TEACHERS:
+        return False
+    if counts[0] != counts[1] and 1 not in counts:
+        return False
+    first = students[0]
+    return (
+        _same_kind(first, students)
+        and _same_kind(first, teachers)
+        and first.dim() > 0
+        and first.shape[-1] > 0
+    )
+
+
+def _same_kind(first: Any, tensors: Sequence[Any]) -> bool:
+    """Whether ``tensors`` are what the kernels take, and alike in shape, dtype and device."""
+    if not isinstance(first, Tensor) or first.dtype not in _DTYPES:
+        return False
+    shape, dtype, device = first.shape, first.dtype, first.device
+    for tensor in tensors:
+        if not (
+            isinstance(tensor, Tensor)
+            and tensor.shape == shape
+            and tensor.dtype is dtype
+            and tensor.layout is torch.strided
+            and tensor.device == device
+        ):
+            return False
+    return True
+
+
 def _pair(
     op: str, student_logits: Tensor | Sequence[Tensor], teacher_logits: Tensor | Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Both sides as lists of 1 or K tensors of one shape, device and dtype."""
+    given = [[x] if isinstance(x, Tensor) else x for x in (student_logits, teacher_logits)]
+    if _alike(*given):
+        return list(given[0]), list(given[1])
     sides: list[list[Tensor]] = []
     first, same_dtype = None, True
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
@@ -807,13 +905,23 @@ def _split(temperature: float | Tensor, dtype: torch.dtype) -> tuple[Tensor | No
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def _mark_overwritten(*tensors: Tensor) -> None:
     """Lets autograd notice that tensors which it may have saved were overwritten by an op."""
     if not (torch.compiler.is_compiling() or tensors[0].is_inference()):
         torch.autograd.graph.increment_version(tensors)
+
+
+def _reduced(kl: Tensor, divisor: int) -> Tensor:
+    """[K, N] -> [K], the sum over the rows by ``divisor``; the mean of no rows is 0 / 0 = NaN."""
+    total = kl.sum(1)
+    return total if divisor == 1 else total / divisor
 
 
 def _mask(wanted: Sequence[bool]) -> int:

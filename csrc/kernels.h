@@ -107,6 +107,12 @@ struct MultiTeacherKLArgs {
   // acc_t [5, K, N]: student max and log-sum, teacher max and log-sum (as in
   // SoftmaxEntropyArgs), center = sum_j p_j dKL/dp_j; null: not wanted
   void* statistics;
+  // Where dL/dKL is known beforehand, d L / d student k comes with the KL: the arguments of
+  // that name in MultiTeacherKLBackwardArgs, of students that are not shared. The CPU needs
+  // the statistics as well. coefficient null: no gradients.
+  const void* coefficient;
+  int64_t coefficient_teacher_stride, coefficient_row_stride;
+  void* grad_student[kMaxTeachers];
 };
 
 struct MultiTeacherKLBackwardArgs {
@@ -166,6 +172,15 @@ struct BMTARDLossArgs {
   void* workspace;                   // bmtard_loss_workspace() bytes
 };
 
+// buffers *= factor. A factor of 1 is noticed on the device, and then nothing is moved.
+struct ScaleArgs {
+  DataType dtype;
+  int32_t buffers;
+  int64_t size;              // of each, contiguous
+  void* data[kMaxTeachers];  // overwritten
+  const void* factor;        // acc_t []
+};
+
 struct PgdStepArgs {
   DataType dtype;
   int64_t samples, sample_size;  // N, D; the three tensors share one dense layout
@@ -216,6 +231,7 @@ int multi_teacher_kl(const MultiTeacherKLArgs& args, void* stream);
 int multi_teacher_kl_backward(const MultiTeacherKLBackwardArgs& args, void* stream);
 int bmtard_loss(const BMTARDLossArgs& args, void* stream);
 int pgd_step(const PgdStepArgs& args, void* stream);
+int scale(const ScaleArgs& args, void* stream);
 
 size_t bisect_temperature_workspace(const BisectTemperatureArgs& args);
 size_t bmtard_loss_workspace(const BMTARDLossArgs& args);

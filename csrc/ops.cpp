@@ -147,19 +147,15 @@ Tensor empty(const std::array<int64_t, dims>& sizes, ScalarType type, const Tens
   return Tensor(handle);
 }
 
-// G tensors [N, C] in one, for those whose bit is set in `wanted`; pointers[k] is null otherwise.
-Tensor gradients(int64_t wanted, int64_t count, const Tensor& like, void** pointers) {
-  int64_t number = 0;
-  for (int64_t k = 0; k < count; ++k) number += wanted >> k & 1;
-  const int64_t rows = like.size(0), classes = like.size(1);
-  Tensor all = empty<3>({number, rows, classes}, like.scalar_type(), like);
-  char* next = static_cast<char*>(all.data_ptr());
-  const int64_t bytes = rows * classes * static_cast<int64_t>(like.element_size());
+// A tensor [N, C] for each bit that is set in `wanted`; pointers[k] is null for the others. Apart,
+// as one allocation of all would pass the size up to which an allocator keeps memory for reuse.
+Tensors gradients(int64_t wanted, int64_t count, const Tensor& like, void** pointers) {
+  Tensors all;
   for (int64_t k = 0; k < count; ++k) {
     pointers[k] = nullptr;
     if (wanted >> k & 1) {
-      pointers[k] = next;
-      next += bytes;
+      all.push_back(empty<2>({like.size(0), like.size(1)}, like.scalar_type(), like));
+      pointers[k] = all.back().data_ptr();
     }
   }
   return all;
@@ -328,10 +324,27 @@ struct Pairs {
   }
 };
 
-std::tuple<Tensor, Tensor> multi_teacher_kl(const Tensors& student, const Tensors& teacher,
-                                            const std::optional<Tensor>& temperature,
-                                            double temperature_value, double student_temperature,
-                                            double eps, bool with_statistics) {
+// dL/dKL [K, N], by any strides.
+template <typename Args>
+void fill_coefficient(Args& args, const Tensor& tensor, const char* name, const Tensor& logits) {
+  STD_TORCH_CHECK(
+      tensor.dim() == 2 && tensor.size(0) == args.teachers && tensor.size(1) == args.rows &&
+          tensor.scalar_type() == accumulation_type(logits) &&
+          tensor.is_cuda() == logits.is_cuda() &&
+          tensor.get_device_index() == logits.get_device_index(),
+      "expected ", name, " [", args.teachers, ", ", args.rows, "] in the accumulation dtype");
+  args.coefficient = tensor.const_data_ptr();
+  args.coefficient_teacher_stride = tensor.stride(0);
+  args.coefficient_row_stride = tensor.stride(1);
+}
+
+// KL of each row, with the gradients by the students if there is a coefficient.
+std::tuple<Tensor, Tensor, Tensors> kl_and_gradients(const Tensors& student, const Tensors& teacher,
+                                                     const std::optional<Tensor>& temperature,
+                                                     double temperature_value,
+                                                     double student_temperature, double eps,
+                                                     bool with_statistics,
+                                                     const Tensor* coefficient) {
   const Pairs pairs(student, teacher);
   const Tensor& first = pairs.first();
   const int64_t n = first.size(0), count = pairs.teachers_count;
@@ -349,11 +362,38 @@ std::tuple<Tensor, Tensor> multi_teacher_kl(const Tensors& student, const Tensor
   args.eps = eps;
   args.kl = kl.data_ptr();
   args.statistics = with_statistics ? statistics.data_ptr() : nullptr;
+  Tensors grads;
+  if (coefficient) {
+    STD_TORCH_CHECK(static_cast<int64_t>(student.size()) == count,
+                    "expected as many student logits as teachers");
+    fill_coefficient(args, *coefficient, "coefficient", first);
+    grads = gradients((int64_t{1} << count) - 1, count, first, args.grad_student);
+  }
   BMTARD_LAUNCH(multi_teacher_kl, first, args);
+  return {kl, statistics, grads};
+}
+
+std::tuple<Tensor, Tensor> multi_teacher_kl(const Tensors& student, const Tensors& teacher,
+                                            const std::optional<Tensor>& temperature,
+                                            double temperature_value, double student_temperature,
+                                            double eps, bool with_statistics) {
+  auto [kl, statistics, grads] =
+      kl_and_gradients(student, teacher, temperature, temperature_value, student_temperature, eps,
+                       with_statistics, nullptr);
   return {kl, statistics};
 }
 
-std::tuple<Tensor, Tensor, Tensor> multi_teacher_kl_backward(
+std::tuple<Tensor, Tensors> multi_teacher_kl_with_gradients(
+    const Tensors& student, const Tensors& teacher, const std::optional<Tensor>& temperature,
+    double temperature_value, double student_temperature, double eps, const Tensor& coefficient) {
+  const bool with_statistics = !coefficient.is_cuda();  // see kernels.h
+  auto [kl, statistics, grads] =
+      kl_and_gradients(student, teacher, temperature, temperature_value, student_temperature, eps,
+                       with_statistics, &coefficient);
+  return {kl, grads};
+}
+
+std::tuple<Tensors, Tensors, Tensor> multi_teacher_kl_backward(
     const Tensor& grad_kl, const Tensors& student, const Tensors& teacher,
     const std::optional<Tensor>& temperature, double temperature_value, double student_temperature,
     double eps, const Tensor& statistics, int64_t wants_students, int64_t wants_teachers,
@@ -363,10 +403,6 @@ std::tuple<Tensor, Tensor, Tensor> multi_teacher_kl_backward(
   const int64_t n = first.size(0), count = pairs.teachers_count;
   const ScalarType type = accumulation_type(first);
   const Values t(temperature, first, ScalarType::Double, count);
-  STD_TORCH_CHECK(grad_kl.dim() == 2 && grad_kl.size(0) == count && grad_kl.size(1) == n &&
-                      grad_kl.scalar_type() == type && grad_kl.is_cuda() == first.is_cuda() &&
-                      grad_kl.get_device_index() == first.get_device_index(),
-                  "expected grad_kl [", count, ", ", n, "] in the accumulation dtype");
   MultiTeacherKLBackwardArgs args{};
   pairs.fill(args);
   args.temperature = static_cast<const double*>(t.data);
@@ -375,14 +411,12 @@ std::tuple<Tensor, Tensor, Tensor> multi_teacher_kl_backward(
   args.student_temperature = student_temperature;
   args.eps = eps;
   args.statistics = dense(statistics, first, type, 5 * count * n);
-  args.coefficient = grad_kl.const_data_ptr();
-  args.coefficient_teacher_stride = grad_kl.stride(0);
-  args.coefficient_row_stride = grad_kl.stride(1);
+  fill_coefficient(args, grad_kl, "grad_kl", first);
   args.student_shared = student.size() == 1 && count > 1;
   args.teacher_shared = teacher.size() == 1 && count > 1;
-  Tensor grad_students =
+  Tensors grad_students =
       gradients(wants_students, static_cast<int64_t>(student.size()), first, args.grad_student);
-  Tensor grad_teachers =
+  Tensors grad_teachers =
       gradients(wants_teachers, static_cast<int64_t>(teacher.size()), first, args.grad_teacher);
   Tensor grad_temperature = empty<2>({wants_temperature ? count : 0, n}, type, first);
   args.grad_temperature = wants_temperature ? grad_temperature.data_ptr() : nullptr;
@@ -431,8 +465,14 @@ std::tuple<Tensor, Tensor> bmtard_loss(
   args.max_iterations = static_cast<int32_t>(max_iterations);
   Tensor loss = empty<0>({}, accumulation_type(first), first);
   args.loss = loss.data_ptr();
+  // In one tensor, as torch.compile takes no list from an op that changes its arguments.
   Tensor grads =
-      gradients(wants_grad ? (int64_t{1} << count) - 1 : 0, count, first, args.grad_student);
+      empty<3>({wants_grad ? count : 0, args.rows, args.classes}, first.scalar_type(), first);
+  const int64_t gradient_bytes =
+      args.rows * args.classes * static_cast<int64_t>(first.element_size());
+  for (int64_t k = 0; wants_grad && k < count; ++k) {
+    args.grad_student[k] = static_cast<char*>(grads.data_ptr()) + k * gradient_bytes;
+  }
   const size_t bytes = BMTARD_WORKSPACE(bmtard_loss, first, args);
   const Tensor workspace = empty<1>({static_cast<int64_t>(bytes)}, ScalarType::Byte, first);
   args.workspace = workspace.data_ptr();
@@ -503,6 +543,23 @@ void pgd_step_(Tensor x_adv, const Tensor& grad, const Tensor& x, double step_si
   if (target.data_ptr() != x_adv.data_ptr()) torch::stable::copy_(x_adv, target);
 }
 
+#if defined(BMTARD_CUDA)
+void scale_(Tensors buffers, const Tensor& factor) {
+  STD_TORCH_CHECK(!buffers.empty() && buffers.size() <= kMaxTeachers && buffers[0].is_cuda(),
+                  "expected 1 to ", kMaxTeachers, " CUDA tensors");
+  const Tensor& first = buffers[0];
+  ScaleArgs args{};
+  args.dtype = data_type(first);
+  args.buffers = static_cast<int32_t>(buffers.size());
+  args.size = first.numel();
+  for (size_t i = 0; i < buffers.size(); ++i) {
+    args.data[i] = dense(buffers[i], first, first.scalar_type(), args.size);
+  }
+  args.factor = dense(factor, first, accumulation_type(first), 1);
+  launch_cuda(first, args, cuda::scale);
+}
+#endif
+
 }  // namespace
 }  // namespace bmtard
 
@@ -528,12 +585,17 @@ STABLE_TORCH_LIBRARY(bmtard, m) {
       "multi_teacher_kl(Tensor[] student_logits, Tensor[] teacher_logits, Tensor? temperature, "
       "float temperature_value, float student_temperature, float eps, bool with_statistics) "
       "-> (Tensor, Tensor)");
-  // wants_*: bit k for list entry k -> the wanted gradients [G, N, C], and by temperature [K, N]
+  // As above, K students; coefficient = dL/dKL acc [K, N] -> kl, d L / d student k [N, C]
+  m.def(
+      "multi_teacher_kl_with_gradients(Tensor[] student_logits, Tensor[] teacher_logits, "
+      "Tensor? temperature, float temperature_value, float student_temperature, float eps, "
+      "Tensor coefficient) -> (Tensor, Tensor[])");
+  // wants_*: bit k for list entry k -> the wanted gradients [N, C], and by temperature [K, N]
   m.def(
       "multi_teacher_kl_backward(Tensor grad_kl, Tensor[] student_logits, "
       "Tensor[] teacher_logits, Tensor? temperature, float temperature_value, "
       "float student_temperature, float eps, Tensor statistics, int wants_students, "
-      "int wants_teachers, bool wants_temperature) -> (Tensor, Tensor, Tensor)");
+      "int wants_teachers, bool wants_temperature) -> (Tensor[], Tensor[], Tensor)");
   // State float64 [K] and []; step int64 [], status int32 [] -> loss acc [], gradients [K, N, C]
   m.def(
       "bmtard_loss(Tensor[] student_logits, Tensor[] teacher_logits, Tensor(a!) temperatures, "
@@ -546,6 +608,8 @@ STABLE_TORCH_LIBRARY(bmtard, m) {
   m.def(
       "pgd_step_(Tensor(a!) x_adv, Tensor grad, Tensor x, float step_size, float epsilon, "
       "float low, float high, bool l2) -> ()");
+  // buffers *= factor acc []; CUDA only. A factor of 1 is noticed on the device: nothing is moved.
+  m.def("scale_(Tensor(a!)[] buffers, Tensor factor) -> ()");
 }
 
 #define BMTARD_IMPLEMENT(key)                                                           \
@@ -554,6 +618,8 @@ STABLE_TORCH_LIBRARY(bmtard, m) {
     m.impl("softmax_entropy_backward", TORCH_BOX(&bmtard::softmax_entropy_backward));   \
     m.impl("bisect_temperature", TORCH_BOX(&bmtard::bisect_temperature));               \
     m.impl("multi_teacher_kl", TORCH_BOX(&bmtard::multi_teacher_kl));                   \
+    m.impl("multi_teacher_kl_with_gradients",                                           \
+           TORCH_BOX(&bmtard::multi_teacher_kl_with_gradients));                        \
     m.impl("multi_teacher_kl_backward", TORCH_BOX(&bmtard::multi_teacher_kl_backward)); \
     m.impl("bmtard_loss", TORCH_BOX(&bmtard::bmtard_loss));                             \
     m.impl("pgd_step_", TORCH_BOX(&bmtard::pgd_step_));                                 \
@@ -561,6 +627,7 @@ STABLE_TORCH_LIBRARY(bmtard, m) {
 BMTARD_IMPLEMENT(CPU)
 #if defined(BMTARD_CUDA)
 BMTARD_IMPLEMENT(CUDA)
+STABLE_TORCH_LIBRARY_IMPL(bmtard, CUDA, m) { m.impl("scale_", TORCH_BOX(&bmtard::scale_)); }
 #endif
 
 // One JSON object, read by bmtard/_library.py.

@@ -129,6 +129,31 @@ def test_scaling_logits_scales_the_temperature(device, path, factor):
     torch.testing.assert_close(scaled.temperature, factor * one.temperature, rtol=1e-8, atol=0)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [1, 2, 10, 16, 33, 127, 128, 129])
+def test_neighbours_do_not_disturb_a_row(device, classes, dtype, method):
+    # Searches of few classes run side by side; each must end as it does alone, whichever way.
+    oracles.require_native()
+    logits = randn(37, classes, dtype=dtype, device=device)
+    logits[3] = 2.0  # equal
+    logits[5, 0] = math.nan
+    logits[8, -1] = math.inf
+    if classes > 2:
+        logits[11, 1:-1] = -math.inf
+    logits[20] *= 1e-3
+    logits[21] *= 30.0
+    target = torch.linspace(-0.1, 1.1, 37, dtype=torch.float64, device=device) * math.log(classes)
+    target[30] = math.nan
+    options = {"per_sample": True, "method": method, "max_iterations": 40}
+    together = bmtard.bisect_temperature(logits, target, **options)
+    for n in range(37):
+        alone = bmtard.bisect_temperature(logits[n : n + 1], target[n : n + 1], **options)
+        for a, b in zip(together, alone, strict=True):
+            assert torch.equal(a[n : n + 1].isnan(), b.isnan())
+            assert torch.equal(a[n : n + 1].nan_to_num(), b.nan_to_num())
+
+
 # --- Any logits, any target -----------------------------------------------------------------
 
 

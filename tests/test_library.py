@@ -43,6 +43,26 @@ def bare_package(tmp_path: Path) -> Path:
     return tmp_path
 
 
+IMPORT = """
+import sys, time, torch
+before, start = set(sys.modules), time.process_time()
+import bmtard
+spent = time.process_time() - start
+print(spent, *sorted(set(sys.modules) - before))
+"""
+
+
+def test_import_adds_little_to_torch():
+    """Under 60 ms on an idle machine: nothing but bmtard's own modules, and little work in them."""
+    times = []
+    for _ in range(3):
+        spent, *modules = run(IMPORT).stdout.split()
+        assert 5 <= len(modules) <= 12
+        assert {name.split(".")[0] for name in modules} == {"bmtard"}
+        times.append(float(spent))
+    assert min(times) < 0.25  # of this process alone, so that a busy machine hardly shows
+
+
 @needs_native
 def test_build_info_describes_the_library():
     info = bmtard.build_info()

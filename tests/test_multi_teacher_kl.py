@@ -537,3 +537,44 @@ def test_inference_mode_and_no_grad(device, path):
             losses = bmtard.multi_teacher_kl(students, teachers, 2.0)
         assert not losses.requires_grad
         torch.testing.assert_close(losses, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("c", [1, 10, 33, 1000])
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean"])
+@pytest.mark.parametrize("rows", ["none", "[N]", "[K, N]"])
+def test_a_constant_weight_changes_no_result(path, c, dtype, eps, reduction, rows):
+    """Its gradients come with the forward pass, those of a learned one in a pass of their own."""
+    students, teachers = draw((2, 7, c), dtype=dtype)
+    students = [s.requires_grad_() for s in students]
+    weight = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    factors = {"none": None, "[N]": randn(2, 7), "[K, N]": randn(2, 2, 7)}[rows]
+    settings = {
+        "temperature": torch.tensor([1.5, 3.0]),
+        "student_temperature": 2.0,
+        "eps": eps,
+        "reduction": reduction,
+        "scale_by_temperature": rows == "[N]",
+        "sample_weight": factors,
+    }
+    outcomes = []
+    for learned in (False, True):
+        loss = bmtard.multi_teacher_kl(
+            students, teachers, weight=weight.clone().requires_grad_(learned), **settings
+        )
+        outcomes.append((loss, *torch.autograd.grad(-2 * loss, students)))
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
+    for a, b in zip(*outcomes, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance / 10)
+
+
+def test_gradients_may_be_asked_for_again(path):
+    student = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(4, 10, dtype=torch.float64)
+    loss = bmtard.multi_teacher_kl(student, teacher, weight=[2.0])
+    (once,) = torch.autograd.grad(loss, student, retain_graph=True)
+    once = once.clone()
+    for times in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(student.grad, times * once)

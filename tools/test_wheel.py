@@ -29,7 +29,10 @@ NEEDED = re.compile(
 # C++ symbols of torch have no stable ABI; its C functions (aoti_torch_*, torch_*) do.
 UNSTABLE = re.compile(r"_Z\w*?(3c10|2at|5torch)\w*")
 # Tests of the source tree, and those that need extras.
-LEFT_OUT = ("test_layout.py", "test_readme.py", "simt", "training", "__pycache__")
+LEFT_OUT = (
+    *("test_layout.py", "test_readme.py", "test_cuda_check.py", "test_gpu_check.py"),
+    *("simt", "training", "__pycache__"),
+)
 
 KERNELS = """
 import sys, torch, bmtard

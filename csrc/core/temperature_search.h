@@ -34,6 +34,24 @@ BMTARD_HD real initial_temperature(LogitRange<real> range, real target, real low
   return guess < low ? low : (guess > high ? high : guess);
 }
 
+// Halley's step: the factor that brings the temperature closer to the target. NaN, or anything,
+// where the entropy is 0 or log C or the target lies beyond; the search takes it only inside its
+// bracket.
+template <typename T>
+BMTARD_HD T halley_factor(EntropyDerivatives<T> at, T log_count, T target) {
+  using std::exp;
+  using std::log;
+  const T one = T(1), two = T(2);
+  const T room = log_count - at.entropy;
+  const T q = one / at.entropy + one / room;
+  const T g1 = at.variance * q;
+  const T g2 = at.variance * at.variance * (one / (room * room) - one / (at.entropy * at.entropy)) -
+               (two * at.variance + at.third_moment) * q;
+  const T f = log(at.entropy / room) - log(target / (log_count - target));
+  const T step = two * f * g1 / (f * g2 - two * g1 * g1);
+  return exp(select(step > T(5), T(5), step));
+}
+
 template <typename real>
 struct TemperatureSearch {
   // Settings.
@@ -95,8 +113,13 @@ struct TemperatureSearch {
 
   // Takes the entropy at `temperature`; chooses the next temperature, or finishes.
   BMTARD_HD void update(EntropyDerivatives<real> found) {
-    using std::exp;
-    using std::log;
+    judge(found);
+    if (done) return;
+    move(method == SearchMethod::kBisection ? real(1) : halley_factor(found, log_count, target));
+  }
+
+  // The first half of update(): finishes, or tightens the bracket.
+  BMTARD_HD void judge(EntropyDerivatives<real> found) {
     ++iterations;
     at = found;
     const real error = found.entropy - target;
@@ -126,27 +149,21 @@ struct TemperatureSearch {
         bracket_high - bracket_low <= 2 * std::numeric_limits<real>::epsilon() * bracket_high) {
       return finish(kConverged);
     }
-    if (iterations >= max_iterations) return finish(kMaxIterations);
+    if (iterations >= max_iterations) finish(kMaxIterations);
+  }
 
+  // The second half: on to the next temperature, `factor` times this one if that is of use.
+  BMTARD_HD void move(real factor) {
     if (method == SearchMethod::kBisection) {
       temperature = high_known ? midpoint() : high;
       return;
     }
-    const real room = log_count - found.entropy;
-    const real q = 1 / found.entropy + 1 / room;
-    const real g1 = found.variance * q;
-    const real g2 =
-        -(2 * found.variance + found.third_moment) * q +
-        found.variance * found.variance * (1 / (room * room) - 1 / (found.entropy * found.entropy));
-    const real goal = log_count - target;  // <= 0: beyond every temperature
-    real next = high;
-    if (goal > real(0)) {
-      const real f = log(found.entropy / room) - log(target / goal);
-      const real step = -2 * f * g1 / (2 * g1 * g1 - f * g2);
-      const real limit = real(4.1588830833596715);  // log 64
-      const bool usable = step <= limit && step >= -limit && distance <= real(0.5) * previous_error;
-      next = usable ? temperature * exp(step) : std::numeric_limits<real>::quiet_NaN();
-    }
+    const real error = at.entropy - target;
+    const real distance = error < real(0) ? -error : error;
+    const bool usable =
+        factor <= real(64) && factor >= real(1) / 64 && distance <= real(0.5) * previous_error;
+    real next = usable ? temperature * factor : std::numeric_limits<real>::quiet_NaN();
+    if (target >= log_count) next = high;  // beyond every temperature
     previous_error = distance;
     if (!(next > bracket_low && next < bracket_high)) {
       const real leap = 16;

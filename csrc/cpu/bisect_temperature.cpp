@@ -44,6 +44,44 @@ void each_row(const BisectTemperatureArgs& args, int64_t begin, int64_t end) {
   }
 }
 
+// As many searches side by side as a vector has lanes; those that have ended wait for the others.
+template <typename scalar>
+void each_column(const BisectTemperatureArgs& args, int64_t begin, int64_t end) {
+  using real = acc_t<scalar>;
+  using V = Vec<real>;
+  real columns[kMaxColumns * V::size];
+  TemperatureSearch<double> searches[V::size];
+  for_groups<real>(begin, end, [&](int64_t r, int n) {
+    load_columns<scalar>(args.logits, r, n, args.classes, columns);
+    const V max = column_max(columns, args.classes);
+    LogitSums<V> sums{V(real(0)), V(real(0)), V(real(0))};
+    for (int64_t j = 0; j < args.classes; ++j) sums.add(load(columns + j * V::size), max);
+    V log_count = real(1), target = real(1);
+    for (int i = 0; i < n; ++i) {
+      searches[i] = started_search<real>(
+          args, r + i, range_of({sums.count.v[i], sums.sum.v[i], sums.squares.v[i]}));
+      log_count.v[i] = static_cast<real>(searches[i].log_count);
+      target.v[i] = static_cast<real>(searches[i].target);
+    }
+    for (bool all_done = false; !all_done;) {
+      V temperature = real(1);
+      for (int i = 0; i < n; ++i) temperature.v[i] = static_cast<real>(searches[i].temperature);
+      const auto found = derivatives_of(
+          column_sums<EntropyMoments>(columns, args.classes, max, V(real(1)) / temperature));
+      const V factor = halley_factor(found, log_count, target);
+      all_done = true;
+      for (int i = 0; i < n; ++i) {
+        if (searches[i].done) continue;
+        searches[i].judge({found.entropy.v[i], found.variance.v[i], found.third_moment.v[i]});
+        if (searches[i].done) continue;
+        searches[i].move(factor.v[i]);
+        all_done = false;
+      }
+    }
+    for (int i = 0; i < n; ++i) write<real>(args, r + i, searches[i]);
+  });
+}
+
 template <typename scalar>
 void batch_mean(const BisectTemperatureArgs& args, ParallelFor parallel_for) {
   using real = acc_t<scalar>;
@@ -66,8 +104,10 @@ void bisect_temperature(const BisectTemperatureArgs& args, ParallelFor parallel_
     using scalar = typename decltype(type)::type;
     if (!args.per_sample) return batch_mean<scalar>(args, parallel_for);
     // A search takes about five passes over its row.
-    for_rows(parallel_for, args.rows, 5 * args.classes,
-             [&](int64_t begin, int64_t end) { each_row<scalar>(args, begin, end); });
+    for_rows(parallel_for, args.rows, 5 * args.classes, [&](int64_t begin, int64_t end) {
+      args.classes <= kMaxColumns ? each_column<scalar>(args, begin, end)
+                                  : each_row<scalar>(args, begin, end);
+    });
   });
 }
 

@@ -1,5 +1,6 @@
 // The whole balanced loss: temperatures, KLs, weights, loss, gradients, state.
 #include "../core/balance.h"
+#include "loss_workspace.h"
 #include "teacher_kl.h"
 #include "temperature_search.h"
 
@@ -7,15 +8,23 @@ BMTARD_NAMESPACE_BEGIN
 
 namespace {
 
+// What q and p of a row follow from, given its logits.
+template <typename real>
+struct RowNorms {
+  real student_max, student_norm, teacher_max, teacher_norm;
+};
+
 // Views into the workspace; bmtard_loss_workspace() in dispatch.cpp sizes it.
 template <typename scalar>
 struct Workspace {
   using real = acc_t<scalar>;
-  double* parts;     // [3, N]
-  double* kl;        // [K, N]
-  double* entropy;   // [K, N]
-  real* max;         // [K, N], of the teachers
-  real* difference;  // [K, N, C], q - p, where the gradients themselves are of half type
+  double* parts;    // [3, N]
+  double* kl;       // [K, N]
+  double* entropy;  // [K, N]
+  real* max;        // [K, N], of the teachers
+  // As gradient_pass() says.
+  real* difference;       // [K, N, C], q - p but for the weight
+  RowNorms<real>* norms;  // [K, N]
 
   explicit Workspace(const BMTARDLossArgs& args) {
     const int64_t rows = args.rows, all = args.teachers * args.rows;
@@ -24,6 +33,7 @@ struct Workspace {
     entropy = kl + all;
     max = reinterpret_cast<real*>(entropy + all);
     difference = max + all;
+    norms = reinterpret_cast<RowNorms<real>*>(max + all);
   }
 };
 
@@ -65,15 +75,15 @@ bool solve_temperatures(const BMTARDLossArgs& args, const Workspace<scalar>& wor
   return out_of_bounds;
 }
 
-template <typename scalar>
+template <bool has_eps, typename scalar>
 void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
   using real = acc_t<scalar>;
   using V = Vec<real>;
-  constexpr bool is_half = !std::is_same<scalar, real>::value;
   const Workspace<scalar> work(args);
   const BalanceState& state = args.state;
   const int32_t teachers = args.teachers;
   const int64_t rows = args.rows, classes = args.classes;
+  const bool wants_grad = args.grad_student[0] != nullptr;
 
   double temperatures[kMaxTeachers];
   for (int32_t k = 0; k < teachers; ++k) temperatures[k] = state.temperatures[k];
@@ -82,69 +92,81 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
     out_of_bounds = solve_temperatures<scalar>(args, work, parallel_for, temperatures);
   }
 
+  const real eps = static_cast<real>(args.eps);
   const real student_scale = static_cast<real>(1.0 / args.student_temperature);
   const real gradient_scale = static_cast<real>(args.scale / args.student_temperature);
-  // q - p of the row goes where its gradient will be, or beside it where that is a half type.
-  const auto difference_of = [&](int32_t k, int64_t r) {
-    real* base =
-        is_half ? work.difference + k * rows * classes : static_cast<real*>(args.grad_student[k]);
-    return base + r * classes;
+  real teacher_scale[kMaxTeachers];
+  for (int32_t k = 0; k < teachers; ++k) {
+    teacher_scale[k] = static_cast<real>(inverse_temperature(temperatures[k]));
+  }
+  const auto gradient_of = [&](int32_t k, int64_t r) {
+    return static_cast<scalar*>(args.grad_student[k]) + r * classes;
+  };
+  // The gradient but for the weight, which depends on all rows.
+  const GradientPass pass = gradient_pass(args);
+  const bool keeps_norms = wants_grad && pass == GradientPass::kFromLogits;
+  const auto difference_of = [&](int32_t k, int64_t r) -> real* {
+    if (!wants_grad || keeps_norms) return nullptr;
+    if (pass == GradientPass::kFromFloat) return work.difference + (k * rows + r) * classes;
+    return reinterpret_cast<real*>(gradient_of(k, r));
   };
   // The published entropies, of mode "sign", have eps inside the logarithm too.
   const bool published = args.mode == BalanceMode::kSign;
   const auto rows_of_teacher = [&](int32_t k, int64_t begin, int64_t end) {
-    const real scale = static_cast<real>(inverse_temperature(temperatures[k]));
     const RowScratch<real> scratch(classes);
-    const int64_t padded = (classes + V::size - 1) / V::size * V::size;
     for (int64_t r = begin; r < end; ++r) {
-      const auto found =
-          teacher_kl<scalar>(args.student[k], args.teacher[k], r, classes, student_scale, scale,
-                             static_cast<real>(args.eps), false, scratch.data());
-      work.kl[k * rows + r] = found.kl;
-      work.entropy[k * rows + r] = published ? found.entropy_eps : found.entropy;
-      if (!args.grad_student[k]) continue;
-      const V q_scale = found.student_norm * gradient_scale;
-      const V p_scale = found.teacher_norm * gradient_scale;
-      for (int64_t j = 0; j < classes; j += V::size) {
-        store_at(difference_of(k, r), j, classes,
-                 load(scratch.data() + j) * q_scale - load(scratch.data() + padded + j) * p_scale);
+      const auto found = teacher_kl<has_eps, scalar>(
+          args.student[k], args.teacher[k], r, classes, student_scale, teacher_scale[k], eps, false,
+          scratch.data(), difference_of(k, r), gradient_scale);
+      const int64_t at = k * rows + r;
+      work.kl[at] = found.kl;
+      work.entropy[at] = published ? found.entropy_eps : found.entropy;
+      if (keeps_norms) {
+        work.norms[at] = {found.student_max, found.student_norm, found.teacher_max,
+                          found.teacher_norm};
       }
     }
   };
   const auto columns_of_teacher = [&](int32_t k, int64_t begin, int64_t end) {
-    const real scale = static_cast<real>(inverse_temperature(temperatures[k]));
     real student[kMaxColumns * V::size], teacher[kMaxColumns * V::size];
     for_groups<real>(begin, end, [&](int64_t r, int n) {
       load_columns<scalar>(args.student[k], r, n, classes, student);
       load_columns<scalar>(args.teacher[k], r, n, classes, teacher);
-      const auto found =
-          teacher_kl_columns<real>(student, teacher, classes, student_scale, scale,
-                                   static_cast<real>(args.eps), args.eps != 0, false);
+      const auto found = teacher_kl_columns<has_eps, real>(student, teacher, classes, student_scale,
+                                                           teacher_scale[k], eps, false);
       const V entropy = published ? found.entropy_eps : found.entropy;
       for (int i = 0; i < n; ++i) {
-        work.kl[k * rows + r + i] = found.kl.v[i];
-        work.entropy[k * rows + r + i] = entropy.v[i];
+        const int64_t at = k * rows + r + i;
+        work.kl[at] = found.kl.v[i];
+        work.entropy[at] = entropy.v[i];
+        if (keeps_norms) {
+          work.norms[at] = {found.student_max.v[i], found.student_norm.v[i], found.teacher_max.v[i],
+                            found.teacher_norm.v[i]};
+        }
       }
-      if (!args.grad_student[k]) return;
-      const V q_scale = found.student_norm * V(gradient_scale);
-      const V p_scale = found.teacher_norm * V(gradient_scale);
-      for (int64_t j = 0; j < classes * V::size; j += V::size) {
-        store(student + j, load(student + j) * q_scale - load(teacher + j) * p_scale);
+      if (real* difference = difference_of(k, r)) {
+        const V q_scale = found.student_norm * V(gradient_scale);
+        const V p_scale = found.teacher_norm * V(gradient_scale);
+        for (int64_t j = 0; j < classes * V::size; j += V::size) {
+          store(student + j, load(student + j) * q_scale - load(teacher + j) * p_scale);
+        }
+        store_columns(difference, n, classes, student);
       }
-      store_columns(difference_of(k, r), n, classes, student);
     });
   };
-  for_rows(parallel_for, teachers * rows, 4 * classes, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end;) {  // one piece for each teacher
-      const int32_t k = static_cast<int32_t>(i / rows);
-      const int64_t stop = end < (k + 1) * rows ? end : (k + 1) * rows;
-      if (classes <= kMaxColumns) {
-        columns_of_teacher(k, i - k * rows, stop - k * rows);
-      } else {
-        rows_of_teacher(k, i - k * rows, stop - k * rows);
+  // f(teacher, first row, last row) over the rows of all teachers.
+  const auto for_all = [&](int64_t cost, auto f) {
+    for_rows(parallel_for, teachers * rows, cost, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end;) {
+        const int32_t k = static_cast<int32_t>(i / rows);
+        const int64_t stop = end < (k + 1) * rows ? end : (k + 1) * rows;
+        f(k, i - k * rows, stop - k * rows);
+        i = stop;
       }
-      i = stop;
-    }
+    });
+  };
+  for_all(2 * classes, [&](int32_t k, int64_t begin, int64_t end) {
+    classes <= kMaxColumns ? columns_of_teacher(k, begin, end) : rows_of_teacher(k, begin, end);
   });
 
   // In row order, whatever the number of threads.
@@ -187,24 +209,44 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
   for (int32_t k = 0; k < teachers; ++k) total += weights[k] * losses[k];
   *static_cast<real*>(args.loss) = static_cast<real>(total);
 
-  for (int32_t k = 0; k < teachers; ++k) {
-    if (!args.grad_student[k]) continue;
-    const V weight = static_cast<real>(weights[k]);
-    // Rows lie one after the other here, so a thread's part is one long row.
-    for_rows(parallel_for, rows, classes, [&](int64_t begin, int64_t end) {
-      scalar* out = static_cast<scalar*>(args.grad_student[k]) + begin * classes;
-      const int64_t count = (end - begin) * classes;
-      for_row(difference_of(k, begin), count, real(0),
-              [&](V d, int64_t j) { store_at(out, j, count, d * weight); });
+  if (!wants_grad) return;
+  if (keeps_norms) {
+    for_all(2 * classes, [&](int32_t k, int64_t begin, int64_t end) {
+      const V weight = static_cast<real>(weights[k] * args.scale / args.student_temperature);
+      for (int64_t r = begin; r < end; ++r) {
+        const RowNorms<real> norms = work.norms[k * rows + r];
+        const scalar* student = row_of<scalar>(args.student[k], r);
+        const scalar* teacher = row_of<scalar>(args.teacher[k], r);
+        const V q_scale = V(norms.student_norm) * weight, p_scale = V(norms.teacher_norm) * weight;
+        for (int64_t j = 0; j < classes; j += V::size) {
+          const V s = load_at(student, j, classes, kNegativeInfinity<real>);
+          const V t = load_at(teacher, j, classes, kNegativeInfinity<real>);
+          const V q = exp((s - V(norms.student_max)) * V(student_scale)) * q_scale;
+          const V p = exp((t - V(norms.teacher_max)) * V(teacher_scale[k])) * p_scale;
+          store_at(gradient_of(k, r), j, classes, q - p);
+        }
+      }
     });
+    return;
   }
+  // Rows lie one after the other here, so a thread's part is one long row. Memory is all it costs.
+  for_all(classes / 8, [&](int32_t k, int64_t begin, int64_t end) {
+    const V weight = static_cast<real>(weights[k]);
+    scalar* gradient = gradient_of(k, begin);
+    const int64_t count = (end - begin) * classes;
+    for_row(difference_of(k, begin), count, real(0),
+            [&](V d, int64_t j) { store_at(gradient, j, count, d * weight); });
+  });
 }
 
 }  // namespace
 
 void bmtard_loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
-  with_type(args.dtype,
-            [&](auto type) { loss<typename decltype(type)::type>(args, parallel_for); });
+  with_type(args.dtype, [&](auto type) {
+    with_eps(args.eps, [&](auto eps) {
+      loss<decltype(eps)::is, typename decltype(type)::type>(args, parallel_for);
+    });
+  });
 }
 
 BMTARD_NAMESPACE_END

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "../kernels.h"
+#include "loss_workspace.h"
 
 namespace bmtard {
 
@@ -70,9 +71,12 @@ size_t bmtard_loss_workspace(const BMTARDLossArgs& args) {
   const size_t all = rows * static_cast<size_t>(args.teachers);
   size_t bytes =
       3 * rows * sizeof(double) + 2 * all * sizeof(double) + all * accumulation_size(args.dtype);
-  const bool is_half = args.dtype == DataType::kBFloat16 || args.dtype == DataType::kFloat16;
-  if (is_half && args.grad_student[0]) {
-    bytes += all * static_cast<size_t>(args.classes) * sizeof(float);
+  if (args.grad_student[0]) {
+    const GradientPass pass = gradient_pass(args);
+    if (pass == GradientPass::kFromFloat) {
+      bytes += all * static_cast<size_t>(args.classes) * sizeof(float);
+    }
+    if (pass == GradientPass::kFromLogits) bytes += 4 * all * sizeof(float);
   }
   return bytes;
 }

@@ -25,22 +25,22 @@ void write(const MultiTeacherKLArgs& args, int32_t k, int64_t r, int n, const Te
   }
 }
 
-template <typename scalar>
+template <bool has_eps, typename scalar>
 void forward_rows(const MultiTeacherKLArgs& args, int64_t begin, int64_t end) {
   using real = acc_t<scalar>;
   const RowScratch<real> scratch(args.classes);
   for (int32_t k = 0; k < args.teachers; ++k) {
     for (int64_t r = begin; r < end; ++r) {
-      const auto found = teacher_kl<scalar>(
+      const auto found = teacher_kl<has_eps, scalar>(
           args.student[k], args.teacher[k], r, args.classes,
           static_cast<real>(1.0 / args.student_temperature), teacher_scale<real>(args, k),
-          static_cast<real>(args.eps), args.statistics != nullptr, scratch.data());
+          static_cast<real>(args.eps), args.statistics != nullptr, scratch.data(), nullptr, 0);
       write<real>(args, k, r, 1, found);
     }
   }
 }
 
-template <typename scalar>
+template <bool has_eps, typename scalar>
 void forward_columns(const MultiTeacherKLArgs& args, int64_t begin, int64_t end) {
   using real = acc_t<scalar>;
   using V = Vec<real>;
@@ -51,10 +51,10 @@ void forward_columns(const MultiTeacherKLArgs& args, int64_t begin, int64_t end)
       load_columns<scalar>(args.teacher[k], r, n, args.classes, teacher);
       write<real>(
           args, k, r, n,
-          teacher_kl_columns<real>(student, teacher, args.classes,
-                                   static_cast<real>(1.0 / args.student_temperature),
-                                   teacher_scale<real>(args, k), static_cast<real>(args.eps),
-                                   args.eps != 0, args.statistics != nullptr));
+          teacher_kl_columns<has_eps, real>(
+              student, teacher, args.classes, static_cast<real>(1.0 / args.student_temperature),
+              teacher_scale<real>(args, k), static_cast<real>(args.eps),
+              args.statistics != nullptr));
     });
   }
 }
@@ -147,16 +147,57 @@ void backward_rows(const MultiTeacherKLBackwardArgs& args, int64_t begin, int64_
   }
 }
 
+template <bool has_eps, typename scalar>
+void forward(const MultiTeacherKLArgs& args, int64_t begin, int64_t end) {
+  args.classes <= kMaxColumns ? forward_columns<has_eps, scalar>(args, begin, end)
+                              : forward_rows<has_eps, scalar>(args, begin, end);
+}
+
+// The backward pass to the students follows while the rows are still in the cache.
+template <bool has_eps, typename scalar>
+void forward_and_backward(const MultiTeacherKLArgs& args, int64_t begin, int64_t end) {
+  constexpr int64_t kCacheBytes = 256 * 1024;
+  MultiTeacherKLBackwardArgs backward{};
+  backward.teachers = args.teachers;
+  backward.rows = args.rows;
+  backward.classes = args.classes;
+  for (int32_t k = 0; k < args.teachers; ++k) {
+    backward.student[k] = args.student[k];
+    backward.teacher[k] = args.teacher[k];
+    backward.grad_student[k] = args.grad_student[k];
+  }
+  backward.temperature = args.temperature;
+  backward.temperature_stride = args.temperature_stride;
+  backward.temperature_value = args.temperature_value;
+  backward.student_temperature = args.student_temperature;
+  backward.eps = args.eps;
+  backward.statistics = args.statistics;
+  backward.coefficient = args.coefficient;
+  backward.coefficient_teacher_stride = args.coefficient_teacher_stride;
+  backward.coefficient_row_stride = args.coefficient_row_stride;
+  const int64_t row_bytes = 3 * args.teachers * args.classes * static_cast<int64_t>(sizeof(scalar));
+  const int64_t fits = kCacheBytes / row_bytes, fewest = Vec<acc_t<scalar>>::size;
+  const int64_t step = fits > fewest ? fits / fewest * fewest : fewest;
+  for (int64_t r = begin; r < end; r += step) {
+    const int64_t stop = r + step < end ? r + step : end;
+    forward<has_eps, scalar>(args, r, stop);
+    backward_rows<scalar>(backward, r, stop);
+  }
+}
+
 }  // namespace
 
 void multi_teacher_kl(const MultiTeacherKLArgs& args, ParallelFor parallel_for) {
   with_type(args.dtype, [&](auto type) {
     using scalar = typename decltype(type)::type;
-    for_rows(parallel_for, args.rows, 2 * args.teachers * args.classes,
-             [&](int64_t begin, int64_t end) {
-               args.classes <= kMaxColumns ? forward_columns<scalar>(args, begin, end)
-                                           : forward_rows<scalar>(args, begin, end);
-             });
+    with_eps(args.eps, [&](auto eps) {
+      constexpr bool has_eps = decltype(eps)::is;
+      for_rows(parallel_for, args.rows, 2 * args.teachers * args.classes,
+               [&](int64_t begin, int64_t end) {
+                 args.coefficient ? forward_and_backward<has_eps, scalar>(args, begin, end)
+                                  : forward<has_eps, scalar>(args, begin, end);
+               });
+    });
   });
 }
 

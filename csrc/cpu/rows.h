@@ -109,12 +109,12 @@ BMTARD_HD acc_t<scalar> row_max(const scalar* row, int64_t count) {
   int64_t j = 0;
   for (; j + 2 * size <= count; j += 2 * size) {
     const V x = load(row + j), y = load(row + j + size);
-    largest = select(x > largest, x, largest);
-    second = select(y > second, y, second);
+    largest = larger(x, largest);
+    second = larger(y, second);
   }
   for_row(row + j, count - j, kNegativeInfinity<real>,
-          [&](V x, int64_t) { largest = select(x > largest, x, largest); });
-  const real max = reduce_max(select(second > largest, second, largest));
+          [&](V x, int64_t) { largest = larger(x, largest); });
+  const real max = reduce_max(larger(second, largest));
   return max > kNegativeInfinity<real> ? max : real(0);
 }
 
@@ -143,35 +143,46 @@ BMTARD_HD Sums<double> row_sums(const scalar* row, int64_t count, acc_t<scalar> 
 // --- Few classes: as many rows at once as a vector has lanes ----------------------------------
 
 // Up to here the columns of `size` rows stay in L1 and save every horizontal sum.
-constexpr int64_t kMaxColumns = 32;
+constexpr int64_t kMaxColumns = 128;
 
-// Columns of up to Vec::size rows: value j of row i at [j * size + i]. Missing rows are 0.
+// Columns of n <= Vec::size rows: value j of row i at [j * size + i]. Missing rows are 0.
 template <typename scalar>
 BMTARD_HD void load_columns(const Matrix& matrix, int64_t row, int n, int64_t classes,
                             acc_t<scalar>* columns) {
-  using real = acc_t<scalar>;
-  constexpr int size = Vec<real>::size;
-  real line[kMaxColumns + size];
-  for (int i = 0; i < n; ++i) {
-    for_row(row_of<scalar>(matrix, row + i), classes, real(0),
-            [&](Vec<real> x, int64_t j) { store(line + j, x); });
-    for (int64_t j = 0; j < classes; ++j) columns[j * size + i] = line[j];
-  }
-  for (int64_t j = 0; j < classes; ++j) {
-    for (int i = n; i < size; ++i) columns[j * size + i] = real(0);
+  using V = Vec<acc_t<scalar>>;
+  constexpr int size = V::size;
+  const scalar* first = row_of<scalar>(matrix, row);
+  for (int64_t j = 0; j < classes; j += size) {
+    V block[size];
+    BMTARD_UNROLL
+    for (int i = 0; i < size; ++i) {
+      block[i] = i < n ? load_at(first + i * matrix.row_stride, j, classes, acc_t<scalar>(0))
+                       : V(acc_t<scalar>(0));
+    }
+    transpose(block);
+    BMTARD_UNROLL
+    for (int i = 0; i < size; ++i) {
+      if (j + i < classes) store(columns + (j + i) * size, block[i]);
+    }
   }
 }
 
 // The way back, into n contiguous rows.
 template <typename scalar>
 BMTARD_HD void store_columns(scalar* rows, int n, int64_t classes, const acc_t<scalar>* columns) {
-  using real = acc_t<scalar>;
-  constexpr int size = Vec<real>::size;
-  real line[kMaxColumns + size];
-  for (int i = 0; i < n; ++i) {
-    for (int64_t j = 0; j < classes; ++j) line[j] = columns[j * size + i];
-    for (int64_t j = 0; j < classes; j += size)
-      store_at(rows + i * classes, j, classes, load(line + j));
+  using V = Vec<acc_t<scalar>>;
+  constexpr int size = V::size;
+  for (int64_t j = 0; j < classes; j += size) {
+    V block[size];
+    BMTARD_UNROLL
+    for (int i = 0; i < size; ++i) {
+      block[i] = j + i < classes ? load(columns + (j + i) * size) : V(acc_t<scalar>(0));
+    }
+    transpose(block);
+    BMTARD_UNROLL
+    for (int i = 0; i < size; ++i) {
+      if (i < n) store_at(rows + i * classes, j, classes, block[i]);
+    }
   }
 }
 
@@ -196,8 +207,7 @@ BMTARD_HD Vec<real> column_max(const real* columns, int64_t classes) {
   using V = Vec<real>;
   V max = kNegativeInfinity<real>;
   for (int64_t j = 0; j < classes; ++j) {
-    const V x = load(columns + j * V::size);
-    max = select(x > max, x, max);
+    max = larger(load(columns + j * V::size), max);
   }
   return select(max > V(kNegativeInfinity<real>), max, V(real(0)));
 }

@@ -15,36 +15,32 @@ struct TeacherKL {
   T student_norm, teacher_norm;  // 1 / sum of the exponentials
 };
 
-// The part of a class with eps > 0, where the logarithm is worth sharing.
+// Sums over the classes that need log(p + eps).
 template <typename T>
-struct EpsTerms {
-  T kl, center, entropy;
-  BMTARD_HD void add(T p, T log_q, T eps, bool wants_center) {
-    const T log_p_eps = log(p + eps);
-    const T part = weighted(p, log_p_eps - log_q);
-    kl = kl + part;
-    if (wants_center) center = center + part + p * (p / (p + eps));
-    entropy = entropy - p * log_p_eps;
+struct EpsSums {
+  T self, center;  // of p log(p + eps) and p^2 / (p + eps)
+  BMTARD_HD void add(T p, T eps, bool wants_center) {
+    const T p_eps = p + eps;
+    self = self + p * log(p_eps);
+    if (wants_center) center = center + p * (p / p_eps);
   }
 };
 
-// `exps` receives exp of the shifted student's and teacher's logits, each padded to whole
-// vectors; times the norms these are the probabilities.
-template <typename scalar>
+// `exps` holds the exponentials of the shifted student's and teacher's logits, each padded to whole
+// vectors. Where `difference` is not null, it receives difference_scale (q - p).
+template <bool has_eps, typename scalar>
 inline TeacherKL<acc_t<scalar>> teacher_kl(const Matrix& students, const Matrix& teachers,
                                            int64_t row, int64_t classes,
                                            acc_t<scalar> student_scale, acc_t<scalar> teacher_scale,
                                            acc_t<scalar> eps, bool wants_center,
-                                           acc_t<scalar>* exps) {
+                                           acc_t<scalar>* exps, acc_t<scalar>* difference,
+                                           acc_t<scalar> difference_scale) {
   using real = acc_t<scalar>;
   using V = Vec<real>;
   const V zero = real(0);
-  const bool has_eps = eps != real(0);
   const scalar* student = row_of<scalar>(students, row);
   const scalar* teacher = row_of<scalar>(teachers, row);
   const real student_max = row_max(student, classes), teacher_max = row_max(teacher, classes);
-  const auto student_u = [&](V s) { return (s - V(student_max)) * V(student_scale); };
-  const auto teacher_u = [&](V t) { return (t - V(teacher_max)) * V(teacher_scale); };
   const int64_t padded = (classes + V::size - 1) / V::size * V::size;
   real* student_exps = exps;
   real* teacher_exps = exps + padded;
@@ -58,14 +54,16 @@ inline TeacherKL<acc_t<scalar>> teacher_kl(const Matrix& students, const Matrix&
       // the end of a page, which is about a row.
       __builtin_prefetch(student + students.row_stride + start + j);
       __builtin_prefetch(teacher + teachers.row_stride + start + j);
-      const V v = student_u(load_at(student + start, j, length, kNegativeInfinity<real>));
-      const V u = teacher_u(load_at(teacher + start, j, length, kNegativeInfinity<real>));
+      const V s = load_at(student + start, j, length, kNegativeInfinity<real>);
+      const V t = load_at(teacher + start, j, length, kNegativeInfinity<real>);
+      const V v = (s - V(student_max)) * V(student_scale);
+      const V u = (t - V(teacher_max)) * V(teacher_scale);
       const V ev = exp(v), eu = exp(u);
       store(student_exps + start + j, ev);
       store(teacher_exps + start + j, eu);
       q = q + ev;
       p = p + eu;
-      if (!has_eps) pd = pd + weighted(eu, u - v);
+      pd = pd + weighted(eu, has_eps ? -v : u - v);
       pu = pu + eu * floor_exponent(u);
     }
     q_sum += static_cast<double>(reduce_add(q));
@@ -77,29 +75,30 @@ inline TeacherKL<acc_t<scalar>> teacher_kl(const Matrix& students, const Matrix&
   const real student_norm = static_cast<real>(1.0 / q_sum);
   const real teacher_norm = static_cast<real>(1.0 / p_sum);
 
-  const double entropy = teacher_log_sum - self / p_sum;
-  double kl, center, entropy_eps;
-  if (!has_eps) {
-    kl = center = cross / p_sum - teacher_log_sum + student_log_sum;
-    entropy_eps = entropy;
-  } else {
-    kl = center = entropy_eps = 0;
+  double self_eps = 0, center = 0;
+  if (has_eps || difference) {
+    const V q_scale = student_norm * difference_scale, p_scale = teacher_norm * difference_scale;
     for (int64_t start = 0; start < classes; start += kBlock) {
       const int64_t length = classes - start < kBlock ? classes - start : kBlock;
-      EpsTerms<V> terms{zero, zero, zero};
-      for_row(student + start, length, kNegativeInfinity<real>, [&](V s, int64_t j) {
-        terms.add(load(teacher_exps + start + j) * V(teacher_norm),
-                  student_u(s) - V(static_cast<real>(student_log_sum)), V(eps), wants_center);
-      });
-      kl += static_cast<double>(reduce_add(terms.kl));
-      center += static_cast<double>(reduce_add(terms.center));
-      entropy_eps += static_cast<double>(reduce_add(terms.entropy));
+      EpsSums<V> sums{zero, zero};
+      for (int64_t j = 0; j < length; j += V::size) {
+        const V eu = load(teacher_exps + start + j);
+        if (has_eps) sums.add(eu * V(teacher_norm), V(eps), wants_center);
+        if (difference) {
+          store_at(difference + start, j, length,
+                   load(student_exps + start + j) * q_scale - eu * p_scale);
+        }
+      }
+      self_eps += static_cast<double>(reduce_add(sums.self));
+      center += static_cast<double>(reduce_add(sums.center));
     }
   }
+  const double entropy = teacher_log_sum - self / p_sum;
+  const double kl = cross / p_sum + student_log_sum + (has_eps ? self_eps : -teacher_log_sum);
   return {static_cast<real>(kl),
-          static_cast<real>(center),
+          static_cast<real>(kl + center),
           static_cast<real>(entropy),
-          static_cast<real>(entropy_eps),
+          static_cast<real>(has_eps ? -self_eps : entropy),
           student_max,
           static_cast<real>(student_log_sum),
           teacher_max,
@@ -110,41 +109,48 @@ inline TeacherKL<acc_t<scalar>> teacher_kl(const Matrix& students, const Matrix&
 
 // The same of n <= Vec::size rows of few classes at once. The columns hold the logits on the way
 // in and their exponentials on the way out.
-template <typename real>
+template <bool has_eps, typename real>
 inline TeacherKL<Vec<real>> teacher_kl_columns(real* student, real* teacher, int64_t classes,
                                                Vec<real> student_scale, Vec<real> teacher_scale,
-                                               Vec<real> eps, bool has_eps, bool wants_center) {
+                                               Vec<real> eps, bool wants_center) {
   using V = Vec<real>;
   const V zero = real(0);
   const V student_max = column_max(student, classes), teacher_max = column_max(teacher, classes);
   V q_sum = zero, p_sum = zero, cross = zero, self = zero;
-  V scaled[kMaxColumns];  // the student's shifted logits
   for (int64_t j = 0; j < classes; ++j) {
     const V v = (load(student + j * V::size) - student_max) * student_scale;
     const V u = (load(teacher + j * V::size) - teacher_max) * teacher_scale;
     const V ev = exp(v), eu = exp(u);
     store(student + j * V::size, ev);
     store(teacher + j * V::size, eu);
-    scaled[j] = v;
     q_sum = q_sum + ev;
     p_sum = p_sum + eu;
-    cross = cross + weighted(eu, u - v);
+    cross = cross + weighted(eu, has_eps ? -v : u - v);
     self = self + eu * floor_exponent(u);
   }
   const V student_log_sum = log(q_sum), teacher_log_sum = log(p_sum);
   const V student_norm = V(real(1)) / q_sum, teacher_norm = V(real(1)) / p_sum;
-  const V entropy = teacher_log_sum - self * teacher_norm;
-  const V kl = cross * teacher_norm - teacher_log_sum + student_log_sum;
-  EpsTerms<V> terms{kl, kl, entropy};
+  EpsSums<V> sums{zero, zero};
   if (has_eps) {
-    terms = {zero, zero, zero};
     for (int64_t j = 0; j < classes; ++j) {
-      terms.add(load(teacher + j * V::size) * teacher_norm, scaled[j] - student_log_sum, eps,
-                wants_center);
+      sums.add(load(teacher + j * V::size) * teacher_norm, eps, wants_center);
     }
   }
-  return {terms.kl,        terms.center, entropy,         terms.entropy, student_max,
-          student_log_sum, teacher_max,  teacher_log_sum, student_norm,  teacher_norm};
+  const V entropy = teacher_log_sum - self * teacher_norm;
+  const V kl = cross * teacher_norm + student_log_sum + (has_eps ? sums.self : -teacher_log_sum);
+  return {kl,           kl + sums.center, entropy,     has_eps ? -sums.self : entropy,
+          student_max,  student_log_sum,  teacher_max, teacher_log_sum,
+          student_norm, teacher_norm};
+}
+
+// Calls f(Bool<eps > 0>): the inner loops depend on it.
+template <bool value>
+struct Bool {
+  static constexpr bool is = value;
+};
+template <typename F>
+BMTARD_HD void with_eps(double eps, F f) {
+  eps != 0 ? f(Bool<true>{}) : f(Bool<false>{});
 }
 
 // Room for the exponentials of one student and one teacher row. Freed on the way out; kept out

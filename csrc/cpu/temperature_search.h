@@ -6,6 +6,25 @@
 
 BMTARD_NAMESPACE_BEGIN
 
+// Sums over the logits that are not masked by -inf, of their distance from the maximum.
+template <typename T>
+struct LogitSums {
+  T count, sum, squares;
+  BMTARD_HD void add(T z, T max) {
+    using real = typename T::scalar;
+    const auto masked = z == T(kNegativeInfinity<real>);
+    const T d = select(masked, T(real(0)), z - max);
+    count = count + select(masked, T(real(0)), T(real(1)));
+    sum = sum + d;
+    squares = squares + d * d;
+  }
+};
+
+inline LogitRange<double> range_of(LogitSums<double> sums) {
+  const double mean = sums.sum / sums.count;
+  return {::log(sums.count), sums.squares / sums.count - mean * mean};
+}
+
 // What the first look at a row yields.
 template <typename real>
 struct RowLook {
@@ -18,23 +37,17 @@ inline RowLook<acc_t<scalar>> look_at(const scalar* row, int64_t count) {
   using real = acc_t<scalar>;
   using V = Vec<real>;
   const real max = row_max(row, count);
-  double finite = 0, sum = 0, squares = 0;
+  LogitSums<double> total{0, 0, 0};
   for (int64_t start = 0; start < count; start += kBlock) {
     const int64_t length = count - start < kBlock ? count - start : kBlock;
-    V n = real(0), s = real(0), q = real(0);
-    for_row(row + start, length, kNegativeInfinity<real>, [&](V z, int64_t) {
-      const auto masked = z == V(kNegativeInfinity<real>);
-      const V d = select(masked, V(real(0)), z - V(max));
-      n = n + select(masked, V(real(0)), V(real(1)));
-      s = s + d;
-      q = q + d * d;
-    });
-    finite += static_cast<double>(reduce_add(n));
-    sum += static_cast<double>(reduce_add(s));
-    squares += static_cast<double>(reduce_add(q));
+    LogitSums<V> sums{V(real(0)), V(real(0)), V(real(0))};
+    for_row(row + start, length, kNegativeInfinity<real>,
+            [&](V z, int64_t) { sums.add(z, V(max)); });
+    total.count += static_cast<double>(reduce_add(sums.count));
+    total.sum += static_cast<double>(reduce_add(sums.sum));
+    total.squares += static_cast<double>(reduce_add(sums.squares));
   }
-  const double mean = sum / finite;
-  return {max, {::log(finite), squares / finite - mean * mean}};
+  return {max, range_of(total)};
 }
 
 template <typename scalar>

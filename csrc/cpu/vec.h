@@ -11,6 +11,13 @@
 #include <immintrin.h>
 #endif
 
+// For loops over vectors that must stay in registers.
+#if defined(__clang__)
+#define BMTARD_UNROLL _Pragma("unroll")
+#else
+#define BMTARD_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 BMTARD_NAMESPACE_BEGIN
 
 #if defined(__AVX512F__)
@@ -40,6 +47,7 @@ struct VecTypes<double> {
 template <typename real>
 struct Vec {
   static constexpr int size = kVecBytes / static_cast<int>(sizeof(real));
+  using scalar = real;
   using native = typename VecTypes<real>::native;
   using native_int = typename VecTypes<real>::native_int;
   struct Mask {
@@ -114,7 +122,29 @@ BMTARD_HD float reduce_max(Vec<float> x) {
 }
 #endif
 
-// exp(x) to 1 ulp; 0 below -87.3 (no subnormal results), inf above 88.7.
+// a > b ? a : b, so b where either is NaN: the instruction itself, which no compiler makes of
+// select() while NaN counts.
+template <typename real>
+BMTARD_HD Vec<real> larger(Vec<real> a, Vec<real> b) {
+  return select(a > b, a, b);
+}
+#if defined(__AVX512F__)
+BMTARD_HD Vec<float> larger(Vec<float> a, Vec<float> b) {
+  return (Vec<float>::native)_mm512_max_ps((__m512)a.v, (__m512)b.v);
+}
+#elif defined(__AVX2__)
+BMTARD_HD Vec<float> larger(Vec<float> a, Vec<float> b) {
+  return (Vec<float>::native)_mm256_max_ps((__m256)a.v, (__m256)b.v);
+}
+#endif
+
+// core's, in one instruction.
+BMTARD_HD Vec<float> floor_exponent(Vec<float> u) {
+  return larger(Vec<float>(static_cast<float>(kExpFloor)), u);
+}
+
+// exp(x) to 1 ulp for x < 89, which covers every logit below its row's maximum; 0 below -87.3
+// (no subnormal results, which are slow), NaN for NaN.
 // x = n log 2 + r, |r| <= log(2)/2; exp(r) by a minimax polynomial (error 3e-9 relative).
 BMTARD_HD Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
@@ -128,12 +158,17 @@ BMTARD_HD Vec<float> exp(Vec<float> x) {
   p = p * r + V(4.166839421089387e-2f);
   p = p * r + V(1.666652010781959e-1f);
   p = p * r + V(4.999999341250156e-1f);
-  p = p * (r * r) + r + V(1.0f);
+  p = p * r + V(1.0f);
+  p = p * r + V(1.0f);
+  constexpr float lowest = -87.33f;
+#if defined(__AVX512F__)
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x.v, _mm512_set1_ps(lowest), _CMP_NLT_UQ);
+  return (V::native)_mm512_maskz_scalef_ps(normal, (__m512)p.v, (__m512)n.v);
+#else
   // 2^n: the low bits of t are n, shifted into the exponent; the rest falls off.
   const V scale = V::from_bits((t.as_int() << 23) + 0x3f800000);
-  V result = p * scale;
-  result = select(x < V(-87.33f), V(0.0f), result);
-  return select(x > V(88.72f), V(std::numeric_limits<float>::infinity()), result);
+  return select(x < V(lowest), V(0.0f), p * scale);
+#endif
 }
 
 // log(x) to 2 ulp for normal x > 0 (probabilities with eps, sums of exponentials); NaN for NaN.
@@ -201,6 +236,26 @@ BMTARD_HD Vec<double> load(const double* p) {
 BMTARD_HD void store(float* p, Vec<float> x) { std::memcpy(p, &x.v, sizeof(x.v)); }
 BMTARD_HD void store(double* p, Vec<double> x) { std::memcpy(p, &x.v, sizeof(x.v)); }
 
+// bfloat16 is the upper half of a float, rounded to nearest, ties to even; a NaN keeps its upper
+// half and stays quiet.
+#if defined(__AVX512F__)
+BMTARD_HD Vec<float> load(const BFloat16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (Vec<float>::native)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+}
+BMTARD_HD __m256i rounded(Vec<float> x) {
+  const __m512i bits = (__m512i)x.v;
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)x.v, (__m512)x.v, _CMP_UNORD_Q);
+  __m512i up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  up = _mm512_mask_add_epi32(up, odd, bits, _mm512_set1_epi32(0x8000));
+  up = _mm512_mask_or_epi32(up, is_nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+}
+BMTARD_HD void store(BFloat16* p, Vec<float> x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded(x));
+}
+#else
 typedef uint16_t HalfBits __attribute__((vector_size(kVecBytes / 2)));
 typedef uint32_t WordBits __attribute__((vector_size(kVecBytes)));
 
@@ -215,15 +270,12 @@ BMTARD_HD Vec<float> load(const BFloat16* p) {
 BMTARD_HD void store(BFloat16* p, Vec<float> x) {
   WordBits w;
   std::memcpy(&w, &x.v, sizeof(w));
-  // To nearest, ties to even; a NaN keeps its upper half and stays quiet.
-  const WordBits rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-  const WordBits quiet = (w >> 16) | 0x40;
-  WordBits is_nan;
-  const auto unordered = x.v != x.v;
-  std::memcpy(&is_nan, &unordered, sizeof(is_nan));
-  const HalfBits h = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), HalfBits);
+  const WordBits up = w + 0x7fff + ((w >> 16) & 1);
+  const auto is_nan = x.v != x.v;
+  const HalfBits h = __builtin_convertvector((is_nan ? w | 0x400000 : up) >> 16, HalfBits);
   std::memcpy(p, &h, sizeof(h));
 }
+#endif
 
 #if defined(__AVX512F__)
 BMTARD_HD Vec<float> load(const Float16* p) {
@@ -288,21 +340,34 @@ BMTARD_HD void store(Float16* p, Vec<float> x) {
 }
 #endif
 
+// Copies n < size elements in powers of two: a call of memcpy() would cost more than the rest.
+template <int size, typename scalar>
+BMTARD_HD void copy_first(scalar* to, const scalar* from, int n) {
+  int done = 0;
+  for (int width = size / 2; width > 0; width /= 2) {
+    if (n & width) {
+      for (int i = 0; i < width; ++i) to[done + i] = from[done + i];
+      done += width;
+    }
+  }
+}
+
 // The first n < size elements; the other lanes are `fill`.
 template <typename scalar>
 BMTARD_HD Vec<acc_t<scalar>> load_partial(const scalar* p, int n, acc_t<scalar> fill) {
   using V = Vec<acc_t<scalar>>;
   scalar buffer[V::size] = {};
-  std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(scalar));
+  copy_first<V::size>(buffer, p, n);
   V x = load(buffer);
   for (int i = 0; i < V::size; ++i) x.v[i] = i < n ? x.v[i] : fill;
   return x;
 }
 template <typename scalar>
 BMTARD_HD void store_partial(scalar* p, int n, Vec<acc_t<scalar>> x) {
-  scalar buffer[Vec<acc_t<scalar>>::size];
+  constexpr int size = Vec<acc_t<scalar>>::size;
+  scalar buffer[size];
   store(buffer, x);
-  std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(scalar));
+  copy_first<size>(p, buffer, n);
 }
 
 #if defined(__AVX512F__)
@@ -323,10 +388,67 @@ BMTARD_HD Vec<float> load_partial(const Float16* p, int n, float fill) {
   return (Vec<float>::native)_mm512_mask_cvtph_ps(_mm512_set1_ps(fill), first_lanes(n),
                                                   _mm256_maskz_loadu_epi16(first_lanes(n), p));
 }
+BMTARD_HD void store_partial(BFloat16* p, int n, Vec<float> x) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), rounded(x));
+}
 BMTARD_HD void store_partial(Float16* p, int n, Vec<float> x) {
   _mm256_mask_storeu_epi16(p, first_lanes(n),
                            _mm512_cvtps_ph((__m512)x.v, _MM_FROUND_TO_NEAREST_INT));
 }
+#elif defined(__AVX2__)
+BMTARD_HD __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+BMTARD_HD Vec<float> load_partial(const float* p, int n, float fill) {
+  const __m256i lanes = first_lanes(n);
+  return (Vec<float>::native)_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, lanes),
+                                              _mm256_castsi256_ps(lanes));
+}
+BMTARD_HD void store_partial(float* p, int n, Vec<float> x) {
+  _mm256_maskstore_ps(p, first_lanes(n), (__m256)x.v);
+}
 #endif
+
+// --- Transposition ---------------------------------------------------------------------------
+
+template <int... lane>
+struct Lanes {};
+template <int n, int... lane>
+struct FirstLanes : FirstLanes<n - 1, n - 1, lane...> {};
+template <int... lane>
+struct FirstLanes<0, lane...> {
+  using type = Lanes<lane...>;
+};
+
+// a0 b0 a1 b1 ..., from lane `start` of both on.
+template <int start, typename real, int... lane>
+BMTARD_HD Vec<real> interleave(Vec<real> a, Vec<real> b, Lanes<lane...>) {
+  constexpr int size = sizeof...(lane);
+#if defined(__clang__)
+  return __builtin_shufflevector(a.v, b.v, (start + lane / 2 + lane % 2 * size)...);
+#else
+  using Order = typename Vec<real>::native_int;
+  return __builtin_shuffle(a.v, b.v, Order{(start + lane / 2 + lane % 2 * size)...});
+#endif
+}
+
+// Lane i of rows[j] becomes lane j of rows[i]. Each round turns the bits of (row, lane), taken as
+// one number, by one place; after log2(size) rounds the two have changed places.
+template <typename real>
+BMTARD_HD void transpose(Vec<real> (&rows)[Vec<real>::size]) {
+  constexpr int size = Vec<real>::size;
+  using Order = typename FirstLanes<size>::type;
+  BMTARD_UNROLL
+  for (int round = 1; round < size; round *= 2) {
+    Vec<real> turned[size];
+    BMTARD_UNROLL
+    for (int i = 0; i < size / 2; ++i) {
+      turned[2 * i] = interleave<0>(rows[i], rows[i + size / 2], Order{});
+      turned[2 * i + 1] = interleave<size / 2>(rows[i], rows[i + size / 2], Order{});
+    }
+    BMTARD_UNROLL
+    for (int i = 0; i < size; ++i) rows[i] = turned[i];
+  }
+}
 
 BMTARD_NAMESPACE_END

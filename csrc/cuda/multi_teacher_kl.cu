@@ -25,8 +25,8 @@ BMTARD_DEVICE int64_t statistic(const Args& args, Plane plane, int k, int64_t n)
   return (static_cast<int64_t>(plane) * args.teachers + k) * args.rows + n;
 }
 
-// One group for a teacher's row. Both rows are read once if eps is 0 or they fit into
-// registers or shared memory, else twice.
+// One group for a teacher's row. Both rows are read once if they fit into registers or shared
+// memory, or if eps is 0 and no gradient is wanted; else twice.
 template <typename Shape>
 BMTARD_KERNEL(Shape::kThreads)
 multi_teacher_kl_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLArgs args, bool packed,
@@ -63,6 +63,22 @@ multi_teacher_kl_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLArgs args, bool
       put<R>(args.statistics, statistic(args, kTeacherLogSum, k, n), found.p.log_sum);
       put<R>(args.statistics, statistic(args, kCenter, k, n), found.center);
     }
+  }
+  if (args.coefficient) {
+    const R by_logit = at<R>(args.coefficient, k * args.coefficient_teacher_stride +
+                                                   n * args.coefficient_row_stride) *
+                       found.q.inverse_temperature;
+    T* const to = static_cast<T*>(args.grad_student[k]) + n * args.classes;
+    for_each_tile<Shape>(classes, [&](int tile) {
+      const Tile<Shape> s = student.get(tile), t = teacher.get(tile);
+      Tile<Shape> gradient;
+      BMTARD_UNROLL
+      for (int i = 0; i < Shape::kWidth; ++i) {
+        using std::exp;
+        gradient.value[i] = by_logit * (exp(found.q(s.value[i])) - exp(found.p(t.value[i])));
+      }
+      store_tile<Shape>(to, classes, tile, group.lane, packed, gradient);
+    });
   }
   group.leave();
 }
@@ -230,14 +246,19 @@ bool rows_packable(const Args& args) {
 
 int multi_teacher_kl(const MultiTeacherKLArgs& args, void* stream) {
   if (args.rows == 0) return 0;
+  bool packed = rows_packable(args);
+  for (int32_t k = 0; args.coefficient && k < args.teachers; ++k) {
+    packed = packed && packable(args.dtype, args.grad_student[k], args.classes);
+  }
   return with_shape<kThreads>(args.dtype, args.classes, [&](auto shape) {
     using Shape = decltype(shape);
     const int64_t blocks = ceil_divide(args.rows, Shape::kRows);
     const int64_t all = blocks * args.teachers;
-    const RowPlan plan = plan_rows<Shape>(all, args.classes, args.eps > 0 ? 2 : 0);
+    const bool twice = args.eps > 0 || args.coefficient;
+    const RowPlan plan = plan_rows<Shape>(all, args.classes, twice ? 2 : 0);
     return simt::launch(multi_teacher_kl_kernel<Shape>,
                         {all * plan.split, Shape::kThreads, plan.cache, plan.split}, stream, args,
-                        rows_packable(args), plan.cache > 0, static_cast<int>(blocks));
+                        packed, plan.cache > 0, static_cast<int>(blocks));
   });
 }
 

@@ -50,6 +50,7 @@ struct Grid {
 #include <cuda_runtime.h>
 
 #include <climits>
+#include <cstring>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -170,8 +171,22 @@ BMTARD_DEVICE Pack<T, n> load_pack(const T* from) {
 
 template <int n, typename T>
 BMTARD_DEVICE void store_pack(T* to, const Pack<T, n>& pack) {
-  __builtin_assume(__isGlobal(to));
-  *reinterpret_cast<Pack<T, n>*>(to) = pack;
+  // In PTX: nvcc takes a store of a struct apart and, in a large kernel, leaves the parts apart.
+  const size_t address = __cvta_generic_to_global(to);
+  if constexpr (sizeof(pack) == 16) {
+    uint4 bits;
+    memcpy(&bits, &pack, sizeof(bits));
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(bits.x),
+                 "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                 : "memory");
+  } else if constexpr (sizeof(pack) == 8) {
+    uint2 bits;
+    memcpy(&bits, &pack, sizeof(bits));
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(bits.x), "r"(bits.y)
+                 : "memory");
+  } else {
+    *reinterpret_cast<Pack<T, n>*>(to) = pack;
+  }
 }
 
 BMTARD_DEVICE double widen(double x) { return x; }

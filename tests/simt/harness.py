@@ -22,7 +22,10 @@ from numpy.typing import NDArray
 Float64 = NDArray[np.float64]
 
 SOURCE = Path(__file__).resolve().parent
-BUILD = SOURCE.parent.parent / "build" / "simt"
+ROOT = SOURCE.parent.parent
+# A folder with a module that is taken as it is: a mutant, or one under sanitizers.
+PREBUILT = os.environ.get("BMTARD_SIMT_MODULE")
+BUILD = Path(PREBUILT) if PREBUILT else ROOT / "build" / "simt"
 
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
 STORAGE = {
@@ -43,18 +46,22 @@ class BuildError(RuntimeError):
     """The kernels could not be built for the CPU."""
 
 
-def build() -> None:
-    """Configures and builds, which is a matter of milliseconds where nothing has changed."""
+def build(folder: Path = BUILD, sanitize: str = "") -> None:
+    """Configures and builds, which is a matter of milliseconds where nothing has changed.
+
+    ``sanitize``: what the compiler's -fsanitize takes, see sanitize.py.
+    """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     cmake, ninja = shutil.which("cmake", path=path), shutil.which("ninja", path=path)
     if cmake is None:
         raise BuildError("tests/simt builds the CUDA kernels for the CPU and needs cmake and ninja")
-    BUILD.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-    configure = [cmake, "-S", SOURCE, "-B", BUILD, f"-DPython_EXECUTABLE={sys.executable}"]
-    with (BUILD / ".lock").open("w") as lock:  # several test processes may come at once
+    configure = [cmake, "-S", SOURCE, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}"]
+    configure.append(f"-DBMTARD_SIMT_SANITIZE={sanitize}")
+    with (folder / ".lock").open("w") as lock:  # several test processes may come at once
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in ([*configure, *generator], [cmake, "--build", BUILD, "--parallel"]):
+        for command in ([*configure, *generator], [cmake, "--build", folder, "--parallel"]):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 raise BuildError(
@@ -101,7 +108,7 @@ def rounded(values: Float64, dtype: str) -> Float64:
 
 def place(values: Float64, dtype: str, *, extra: int = 0, shift: int = 0) -> NDArray:
     """A matrix of ``dtype`` whose rows lie ``extra`` values apart, ``shift`` values past a
-    multiple of 16 bytes. What lies between is NaN."""
+    multiple of 16 bytes. What lies between is NaN, and out of bounds for a sanitized kernel."""
     n, c = values.shape
     stored = encode(values, dtype)
     flat = _aligned(n * (c + extra) + shift, STORAGE[dtype])
@@ -110,19 +117,23 @@ def place(values: Float64, dtype: str, *, extra: int = 0, shift: int = 0) -> NDA
         flat[shift:], (n, c), ((c + extra) * flat.itemsize, flat.itemsize)
     )
     out[...] = stored
+    if simt().sanitized():
+        simt().forbid(flat[:shift].view(np.uint8))
+        for row in range(n if extra else 0):
+            end = shift + row * (c + extra) + c
+            simt().forbid(flat[end : end + extra].view(np.uint8))
     return out
 
 
 def _aligned(count: int, dtype: np.dtype) -> NDArray:
-    raw = np.empty(count * dtype.itemsize + 16, np.uint8)
-    start = -raw.ctypes.data % 16
-    return raw[start : start + count * dtype.itemsize].view(dtype)
+    return simt().allocate(count * dtype.itemsize).view(dtype)
 
 
 class Outputs:
-    """Arrays between guard bytes."""
+    """Arrays between guard bytes, of which there are enough for a tile or a chunk: a kernel that
+    writes there shall fail a test, and not end the process."""
 
-    GUARD = 64
+    GUARD = 16384
     BYTE = 0xA5
 
     def __init__(self) -> None:
@@ -137,6 +148,8 @@ class Outputs:
         raw = _aligned(start + size + self.GUARD, np.dtype(np.uint8))
         raw[:] = self.BYTE
         raw[start : start + size] = 0xFF  # NaN
+        simt().forbid(raw[:start])
+        simt().forbid(raw[start + size :])
         self._raw.append((raw, start))
         return raw[start : start + size].view(kind).reshape(shape)
 

@@ -10,8 +10,15 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <unordered_map>
 
 #include "simt.cuh"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <dlfcn.h>
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 namespace bmtard {
 namespace simt {
@@ -31,9 +38,16 @@ constexpr const char kDynamicKey = 0;
 
 enum class State { kIdle, kReady, kAtCollective, kAtBarrier, kExited };
 
+// What goes on elsewhere, and where its stack is.
+struct Context {
+  jmp_buf registers;
+  const void* stack = nullptr;
+  size_t bytes = 0;
+  void* fake_stack = nullptr;  // AddressSanitizer's
+};
+
 struct Fiber {
-  jmp_buf context;
-  void* stack = nullptr;
+  Context context;
   State state = State::kIdle;
   // What it waits at.
   const char* file = "";
@@ -61,7 +75,7 @@ struct Block {
 };
 
 struct Machine {
-  jmp_buf scheduler;
+  Context scheduler;
   ucontext_t starter;
   std::vector<std::unique_ptr<Fiber>> fibers;
   // The blocks that run side by side: one, a cluster, or a cooperative grid.
@@ -72,6 +86,7 @@ struct Machine {
   const Fiber* last_to_wait = nullptr;
   int exited = 0;
   uint32_t round = 1;  // counts the common barriers
+  uint32_t launch = 0;
   bool cooperative = false;
   size_t dynamic_bytes = 0;
   const std::function<void()>* body = nullptr;
@@ -101,8 +116,32 @@ const char* base_name(const char* file) {
               place(position.thread) + ": " + message);
 }
 
-__attribute__((noinline)) void jump(jmp_buf& from, jmp_buf& to) {
-  if (_setjmp(from) == 0) _longjmp(to, 1);
+// AddressSanitizer wants to know of each switch, before it and after.
+void leave([[maybe_unused]] Context& from, [[maybe_unused]] const Context& to) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.bytes);
+#endif
+}
+
+void arrive([[maybe_unused]] const Context& here, [[maybe_unused]] Context* from = nullptr) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(here.fake_stack, from ? &from->stack : nullptr,
+                                  from ? &from->bytes : nullptr);
+#endif
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+// AddressSanitizer's own costs a system call each time.
+const auto switch_to =
+    reinterpret_cast<void (*)(jmp_buf, int)>(dlsym(dlopen("libc.so.6", RTLD_NOW), "_longjmp"));
+#else
+constexpr auto switch_to = _longjmp;
+#endif
+
+__attribute__((noinline)) void jump(Context& from, Context& to) {
+  leave(from, to);
+  if (_setjmp(from.registers) == 0) switch_to(to.registers, 1);
+  arrive(from);
 }
 
 void to_scheduler() { jump(self().context, machine.scheduler); }
@@ -127,7 +166,10 @@ void check_exit() {
 // A fiber lives through many threads: it runs one to its end and waits for the next.
 void fiber_main(unsigned index) {
   Fiber& fiber = *machine.fibers[index];
-  if (_setjmp(fiber.context) == 0) setcontext(&machine.starter);
+  arrive(fiber.context, &machine.scheduler);
+  leave(fiber.context, machine.scheduler);
+  if (_setjmp(fiber.context.registers) == 0) setcontext(&machine.starter);
+  arrive(fiber.context);
   for (;;) {
     try {
       (*machine.body)();
@@ -149,7 +191,9 @@ void add_fiber() {
   if (stack == MAP_FAILED || mprotect(stack, kGuardBytes, PROT_NONE) != 0) {
     throw Fault("no memory for the stack of a thread");
   }
-  fiber->stack = stack;
+  fiber->context.stack = stack;
+  fiber->context.bytes = kStackBytes;
+  const Context& fresh = fiber->context;
   ucontext_t context;
   getcontext(&context);
   context.uc_stack.ss_sp = stack;
@@ -158,12 +202,19 @@ void add_fiber() {
   const auto index = static_cast<unsigned>(machine.fibers.size());
   makecontext(&context, reinterpret_cast<void (*)()>(fiber_main), 1, index);
   machine.fibers.push_back(std::move(fiber));
+  leave(machine.scheduler, fresh);
   swapcontext(&machine.starter, &context);
+  arrive(machine.scheduler);
 }
 
 // Threads that a fault left in the middle of a kernel cannot be used again.
 void drop_fibers() {
-  for (const auto& fiber : machine.fibers) munmap(fiber->stack, kStackBytes);
+  for (const auto& fiber : machine.fibers) {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(fiber->context.stack, kStackBytes);
+#endif
+    munmap(const_cast<void*>(fiber->context.stack), kStackBytes);
+  }
   machine.fibers.clear();
 }
 
@@ -206,19 +257,28 @@ void run_blocks(std::mt19937_64& random) {
   std::vector<int> order(total);
   std::iota(order.begin(), order.end(), 0);
   for (int i = 0; i < total; ++i) machine.fibers[i]->state = State::kReady;
+  const size_t blocks = machine.blocks.size();
+  int ahead = -1;
+  bool moved = false;
   while (machine.exited < total) {
     if (settings.seed != 0) std::shuffle(order.begin(), order.end(), random);
-    bool moved = false;
+    // Most of the time one block runs ahead of the others for as long as it can: in turns alone
+    // they would all get everything done before the first leaves.
+    if (ahead < 0 || !moved) {
+      const bool hurries = settings.seed != 0 && blocks > 1 && random() % 4 != 0;
+      ahead = hurries ? static_cast<int>(random() % blocks) : -1;
+    }
+    moved = false;
     for (const int i : order) {
       Fiber& fiber = *machine.fibers[i];
-      if (fiber.state != State::kReady) continue;
+      if (fiber.state != State::kReady || (ahead >= 0 && i / threads != ahead)) continue;
       moved = true;
       position.thread = i % threads;
       position.block = machine.first_block + i / threads;
       jump(machine.scheduler, fiber.context);
       if (machine.fault) std::rethrow_exception(std::exchange(machine.fault, nullptr));
     }
-    if (!moved) deadlock();
+    if (!moved && ahead < 0) deadlock();
   }
 }
 
@@ -466,8 +526,132 @@ void check_alignment(const void* address, size_t bytes) {
   }
 }
 
+namespace {
+
+// Who touched a piece of global memory last, and when. -1: several, between which the
+// rest does not matter.
+struct Touch {
+  uint32_t launch = 0;
+  int team = 0;  // the first of the blocks that run side by side
+  uint32_t round = 0;
+  int block = 0;
+  uint32_t epoch = 0;
+  int thread = 0;
+
+  // Whether no barrier lies between this and `now`.
+  bool beside(const Touch& now) const {
+    if (launch != now.launch) return false;
+    if (team != now.team) return true;
+    if (round != now.round) return false;
+    if (block != now.block) return true;
+    return epoch == now.epoch && thread != now.thread;
+  }
+
+  // One reader more; what later writers are checked against stays the strictest.
+  void join(const Touch& now) {
+    if (launch != now.launch) {
+      *this = now;
+    } else if (team != now.team) {
+      team = -1;
+    } else if (round != now.round) {
+      *this = now;
+    } else if (block != now.block) {
+      block = -1;
+    } else if (epoch != now.epoch) {
+      *this = now;
+    } else if (thread != now.thread) {
+      thread = -1;
+    }
+  }
+
+  std::string who() const {
+    if (team == -1 || block == -1) return "several blocks";
+    return "block " + std::to_string(block) +
+           (thread == -1 ? ", several threads" : " thread " + std::to_string(thread));
+  }
+};
+
+// The last accesses to each two bytes, the smallest that a kernel touches.
+class GlobalMemory {
+ public:
+  void start_launch() {
+    if (pages_.size() > kManyPages) {
+      pages_.clear();
+      last_page_ = nullptr;
+    }
+  }
+
+  void access(uintptr_t address, size_t bytes, bool write, const Touch& now) {
+    for (uintptr_t piece = address / kPiece; piece < (address + bytes) / kPiece; ++piece) {
+      Piece& here = at(piece);
+      if (here.written.beside(now)) race(write ? "writes" : "reads", "written", here.written);
+      if (write) {
+        if (here.read.beside(now)) race("writes", "read", here.read);
+        here.written = now;
+      } else {
+        here.read.join(now);
+      }
+    }
+  }
+
+ private:
+  struct Piece {
+    Touch written, read;
+  };
+  static constexpr uintptr_t kPiece = 2;
+  static constexpr uintptr_t kPagePieces = 2048;
+  static constexpr size_t kManyPages = 2048;
+  using Page = std::vector<Piece>;
+
+  Piece& at(uintptr_t piece) {
+    const uintptr_t number = piece / kPagePieces;
+    if (!last_page_ || number != last_number_) {
+      Page& page = pages_[number];
+      page.resize(kPagePieces);
+      last_page_ = page.data();
+      last_number_ = number;
+    }
+    return last_page_[piece % kPagePieces];
+  }
+
+  [[noreturn]] static void race(const char* does, const char* was, const Touch& other) {
+    throw Fault("race in global memory: " + place(position.thread) + " " + does + " what was " +
+                was + " by " + other.who() + ", without a barrier between");
+  }
+
+  std::unordered_map<uintptr_t, Page> pages_;
+  Piece* last_page_ = nullptr;
+  uintptr_t last_number_ = 0;
+};
+
+GlobalMemory global_memory;
+
+}  // namespace
+
+void global_access(const void* address, size_t bytes, bool write) {
+  global_memory.access(reinterpret_cast<uintptr_t>(address), bytes, write,
+                       {machine.launch, machine.first_block, machine.round, position.block,
+                        my_block().epoch, position.thread});
+}
+
+bool sanitized() {
+#if defined(__SANITIZE_ADDRESS__)
+  return true;
+#else
+  return false;
+#endif
+}
+
+void forbid([[maybe_unused]] const void* from, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_poison_memory_region(from, bytes);
+#endif
+}
+
 void run(const Grid& grid, const std::function<void()>& thread_body) {
   ++counters.launches;
+  ++machine.launch;
+  global_memory.start_launch();
   const int blocks = static_cast<int>(grid.blocks);
   const int together = grid.cooperative ? blocks : grid.cluster;
   machine.body = &thread_body;

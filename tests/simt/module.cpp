@@ -5,7 +5,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <map>
+#include <new>
 #include <optional>
 #include <string>
 #include <variant>
@@ -81,11 +83,21 @@ void set_temperature(Args& args, const Temperature& temperature) {
   }
 }
 
+// coefficient [K, N], by any strides.
+template <typename Args>
+void set_coefficient(Args& args, const Array& coefficient) {
+  args.coefficient = coefficient.data();
+  args.coefficient_teacher_stride = coefficient.strides(0) / coefficient.itemsize();
+  args.coefficient_row_stride = coefficient.strides(1) / coefficient.itemsize();
+}
+
 // Scratch memory of exactly the size asked for: it starts out as NaN, and what lies behind
 // it must stay as it is.
 class Workspace {
  public:
-  explicit Workspace(size_t bytes) : bytes_(bytes), memory_(bytes + kGuard, 0xff) {}
+  explicit Workspace(size_t bytes) : bytes_(bytes), memory_(bytes + kGuard, 0xff) {
+    simt::host::forbid(memory_.data() + bytes, kGuard);
+  }
   void* data() { return memory_.data(); }
   void check() const {
     for (size_t i = bytes_; i < memory_.size(); ++i) {
@@ -94,10 +106,22 @@ class Workspace {
   }
 
  private:
-  static constexpr size_t kGuard = 256;
+  static constexpr size_t kGuard = 64 * 1024;
   size_t bytes_;
   std::vector<unsigned char> memory_;
 };
+
+// Memory at a multiple of 16 bytes that ends where it ends.
+py::array_t<uint8_t> allocate(size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 16, bytes) != 0) throw std::bad_alloc();
+  return py::array_t<uint8_t>(bytes, static_cast<uint8_t*>(memory),
+                              py::capsule(memory, &std::free));
+}
+
+void forbid(py::array_t<uint8_t, py::array::c_style> bytes) {
+  simt::host::forbid(bytes.data(), bytes.size());
+}
 
 void check(int error) {
   if (error != 0) throw std::runtime_error(cuda::error_string(error));
@@ -159,7 +183,8 @@ void bisect_temperature(Array logits, bool per_sample, Array target_entropy, Opt
 
 void multi_teacher_kl(std::vector<Array> students, std::vector<Array> teachers,
                       Temperature temperature, double student_temperature, double eps, Array kl,
-                      Optional statistics) {
+                      Optional statistics, Optional coefficient,
+                      std::vector<Optional> grad_students) {
   MultiTeacherKLArgs args = {};
   set_matrices(args, students, teachers);
   set_temperature<const double*>(args, temperature);
@@ -167,10 +192,13 @@ void multi_teacher_kl(std::vector<Array> students, std::vector<Array> teachers,
   args.eps = eps;
   args.kl = out(kl);
   args.statistics = out(statistics);
+  if (coefficient) {
+    set_coefficient(args, *coefficient);
+    for (size_t k = 0; k < grad_students.size(); ++k) args.grad_student[k] = out(grad_students[k]);
+  }
   check(cuda::multi_teacher_kl(args, nullptr));
 }
 
-// coefficient [K, N], by any strides.
 void multi_teacher_kl_backward(std::vector<Array> students, std::vector<Array> teachers,
                                Temperature temperature, double student_temperature, double eps,
                                Array statistics, Array coefficient, bool student_shared,
@@ -182,9 +210,7 @@ void multi_teacher_kl_backward(std::vector<Array> students, std::vector<Array> t
   args.student_temperature = student_temperature;
   args.eps = eps;
   args.statistics = statistics.data();
-  args.coefficient = coefficient.data();
-  args.coefficient_teacher_stride = coefficient.strides(0) / coefficient.itemsize();
-  args.coefficient_row_stride = coefficient.strides(1) / coefficient.itemsize();
+  set_coefficient(args, coefficient);
   args.student_shared = student_shared;
   args.teacher_shared = teacher_shared;
   for (size_t k = 0; k < grad_students.size(); ++k) args.grad_student[k] = out(grad_students[k]);
@@ -229,6 +255,17 @@ void bmtard_loss(std::vector<Array> students, std::vector<Array> teachers,
   workspace.check();
 }
 
+// Buffers of one size and dtype, overwritten.
+void scale(std::vector<Array> buffers, Array factor) {
+  ScaleArgs args = {};
+  args.dtype = dtype_of(buffers.at(0));
+  args.buffers = static_cast<int32_t>(buffers.size());
+  args.size = buffers[0].size();
+  for (size_t i = 0; i < buffers.size(); ++i) args.data[i] = out(buffers[i]);
+  args.factor = factor.data();
+  check(cuda::scale(args, nullptr));
+}
+
 void pgd_step(Array x_adv, Array grad, Array x, double step_size, double epsilon, double low,
               double high, bool l2) {
   PgdStepArgs args = {};
@@ -262,7 +299,8 @@ PYBIND11_MODULE(bmtard_simt, m) {
         py::arg("iterations"));
   m.def("multi_teacher_kl", &multi_teacher_kl, py::kw_only(), py::arg("students"),
         py::arg("teachers"), py::arg("temperature"), py::arg("student_temperature"), py::arg("eps"),
-        py::arg("kl"), py::arg("statistics"));
+        py::arg("kl"), py::arg("statistics"), py::arg("coefficient") = py::none(),
+        py::arg("grad_students") = std::vector<Optional>());
   m.def("multi_teacher_kl_backward", &multi_teacher_kl_backward, py::kw_only(), py::arg("students"),
         py::arg("teachers"), py::arg("temperature"), py::arg("student_temperature"), py::arg("eps"),
         py::arg("statistics"), py::arg("coefficient"), py::arg("student_shared"),
@@ -273,6 +311,7 @@ PYBIND11_MODULE(bmtard_simt, m) {
         py::arg("temperature_momentum"), py::arg("loss_exponent"), py::arg("student_temperature"),
         py::arg("eps"), py::arg("scale"), py::arg("tolerance"), py::arg("max_iterations"),
         py::arg("loss"), py::arg("grad_students"));
+  m.def("scale", &scale, py::kw_only(), py::arg("buffers"), py::arg("factor"));
   m.def("pgd_step", &pgd_step, py::kw_only(), py::arg("x_adv"), py::arg("grad"), py::arg("x"),
         py::arg("step_size"), py::arg("epsilon"), py::arg("low"), py::arg("high"), py::arg("l2"));
 
@@ -297,6 +336,9 @@ PYBIND11_MODULE(bmtard_simt, m) {
         return out;
       },
       "What has run since the last call.");
+  m.def("sanitized", &simt::host::sanitized, "Whether AddressSanitizer watches the kernels.");
+  m.def("allocate", &allocate, "Bytes at a multiple of 16.");
+  m.def("forbid", &forbid, "What a sanitized kernel shall not touch.");
   m.def("widen_float16", [](uint16_t bits) { return simt::widen(Float16{bits}); });
   m.def("narrow_float16", [](float x) { return simt::to_float16(x).bits; });
   m.def("widen_bfloat16", [](uint16_t bits) { return simt::widen(BFloat16{bits}); });

@@ -1,6 +1,7 @@
 // Small kernels that do one thing wrong each, to show that the machine sees it.
 #include "probes.h"
 
+#include <climits>
 #include <map>
 
 #include "simt.cuh"
@@ -78,6 +79,19 @@ BMTARD_KERNEL(kThreads) uneven_groups(int* out) {
   out[thread] = sum + simt::shuffle_xor(simt::kFullWarp, sum, 16);
 }
 
+// What only sanitizers see: an index that overflows on its way to a good one, and a value
+// past the end that makes no difference.
+BMTARD_KERNEL(kThreads) overflowing_index(int* out) {
+  const int thread = simt::thread_id();
+  const int far = (thread + 1) * (INT_MAX / 2);
+  out[thread] = far == 0;
+}
+
+BMTARD_KERNEL(kThreads) read_past_the_end(int* out) {
+  const int thread = simt::thread_id();
+  out[thread] = simt::load(out + thread + 1) == INT_MIN;
+}
+
 // As pass_on, from each block to the next of its cluster or grid.
 BMTARD_KERNEL(kThreads) pass_to_the_next_block(int* out, bool barrier, bool stay) {
   BMTARD_SHARED(int, value, 1);
@@ -124,9 +138,56 @@ BMTARD_KERNEL(kThreads) different_cluster_barriers(int*) {
 BMTARD_KERNEL(kThreads) grid_waits(int* out) {
   if (simt::block_id() == 0 && simt::thread_id() == 0) simt::store(out + kThreads - 1, 7);
   simt::grid_barrier();
+  const int seen = simt::load(out + kThreads - 1);
+  simt::grid_barrier();
   if (simt::thread_id() < kPart) {
-    out[simt::block_id() * kPart + simt::thread_id()] = simt::load(out + kThreads - 1);
+    simt::store(out + simt::block_id() * kPart + simt::thread_id(), seen);
   }
+}
+
+// As pass_on, through global memory: with a barrier after the write, and after the read.
+template <int barriers>
+BMTARD_KERNEL(kThreads)
+pass_on_globally(int* out) {
+  const int thread = simt::thread_id();
+  simt::store(out + thread, thread);
+  if (barriers > 0) simt::block_barrier();
+  const int value = simt::load(out + (thread + 1) % kThreads);
+  if (barriers > 1) simt::block_barrier();
+  simt::store(out + thread, value);
+}
+
+void barrier_of_the_block() { simt::block_barrier(); }
+void barrier_of_the_cluster() { simt::cluster_barrier(); }
+void barrier_of_the_grid() { simt::grid_barrier(); }
+
+// From each block of the grid to the next.
+template <void (*barrier)()>
+BMTARD_KERNEL(kThreads)
+pass_on_between_blocks(int* out) {
+  const int block = simt::block_id(), thread = simt::thread_id();
+  if (thread == 0) simt::store(out + block * kPart, block);
+  barrier();
+  const int value = simt::load(out + (block + 1) % kBlocks * kPart);
+  barrier();
+  if (thread < kPart) simt::store(out + block * kPart + thread, value);
+}
+
+BMTARD_KERNEL(kThreads) every_thread_writes(int* out) { simt::store(out, 1); }
+
+BMTARD_KERNEL(kThreads) every_block_writes(int* out) {
+  if (simt::thread_id() == 0) simt::store(out, 1);
+}
+
+BMTARD_KERNEL(kThreads) halves_of_a_pack(int* out) {
+  if (simt::thread_id() == 0) simt::store_pack<2>(out, Pack<int, 2>{{1, 2}});
+  if (simt::thread_id() == 1) simt::store(out + 1, 3);
+}
+
+// Many readers are no race; a writer among them is.
+BMTARD_KERNEL(kThreads) write_what_all_read(int* out) {
+  const int value = simt::load(out);
+  if (simt::block_id() == 2 && simt::thread_id() == 7) simt::store(out, value + 1);
 }
 
 void pass_on_in_cluster(int* out) { pass_to_the_next_block(out, true, true); }
@@ -151,6 +212,8 @@ std::vector<int> run_probe(const std::string& name) {
       {"source_not_in_the_mask", source_not_in_the_mask},
       {"lane_has_left", lane_has_left},
       {"misaligned", misaligned},
+      {"overflowing_index", overflowing_index},
+      {"read_past_the_end", read_past_the_end},
       {"uneven_groups", uneven_groups}};
   const std::map<std::string, void (*)(int*)> cluster_probes = {
       {"pass_on_in_cluster", pass_on_in_cluster},
@@ -161,7 +224,32 @@ std::vector<int> run_probe(const std::string& name) {
       {"some_blocks_wait", some_blocks_wait},
       {"different_cluster_barriers", different_cluster_barriers},
       {"grid_barrier_in_a_cluster", grid_waits}};
-  if (name == "grid_barrier") {
+  // Grids for the probes of global memory.
+  const simt::Grid blocks = {kBlocks, kThreads};
+  const simt::Grid pairs = {kBlocks, kThreads, 0, 2};
+  const auto by_block = pass_on_between_blocks<barrier_of_the_block>;
+  const auto by_cluster = pass_on_between_blocks<barrier_of_the_cluster>;
+  const auto by_grid = pass_on_between_blocks<barrier_of_the_grid>;
+  const std::map<std::string, std::pair<simt::Grid, void (*)(int*)>> global_probes = {
+      {"global_with_barriers", {grid, pass_on_globally<2>}},
+      {"global_read_too_early", {grid, pass_on_globally<0>}},
+      {"global_write_too_early", {grid, pass_on_globally<1>}},
+      {"global_in_cluster", {cluster, by_cluster}},
+      {"global_in_grid", {cooperative, by_grid}},
+      {"global_block_barrier", {blocks, by_block}},
+      {"global_block_barrier_in_cluster", {cluster, by_block}},
+      {"global_block_barrier_in_grid", {cooperative, by_block}},
+      {"global_across_clusters", {pairs, by_cluster}},
+      {"every_thread_writes", {grid, every_thread_writes}},
+      {"every_block_writes", {blocks, every_block_writes}},
+      {"every_block_of_a_cluster_writes", {cluster, every_block_writes}},
+      {"halves_of_a_pack", {grid, halves_of_a_pack}},
+      {"write_what_all_read", {blocks, write_what_all_read}},
+      {"write_what_a_cluster_reads", {cluster, write_what_all_read}}};
+  if (global_probes.count(name)) {
+    const auto& [on, kernel] = global_probes.at(name);
+    simt::launch(kernel, on, nullptr, out);
+  } else if (name == "grid_barrier") {
     simt::launch(grid_waits, cooperative, nullptr, out);
   } else if (cluster_probes.count(name)) {
     simt::launch(cluster_probes.at(name), cluster, nullptr, out);

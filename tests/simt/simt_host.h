@@ -6,8 +6,10 @@
 // so what a kernel gets wrong about its barriers shows in its results. What the hardware
 // leaves undefined is a Fault: a lane named in a mask that does not come, a thread that
 // leaves while others wait, two threads at different barriers, a misaligned vector
-// access, shared memory read before it is written, touched by two threads without a
-// barrier between them, or read by another block after its own block has begun to leave.
+// access, shared memory read before it is written, or read by another block after its own
+// block has begun to leave, and memory, shared or global, that one thread writes and another
+// touches without a barrier between them. Global memory is seen where a kernel reaches it by
+// load(), store() and the like.
 #pragma once
 
 #include <cstddef>
@@ -109,6 +111,11 @@ void exchange(uint32_t mask, int source_lane, const void* in, void* out, size_t 
 bool vote_any(uint32_t mask, bool predicate, const char* file, int line);
 void barrier(Scope scope, const char* file, int line);
 void check_alignment(const void* address, size_t bytes);
+// Notes an access to global memory, and checks it against those before it in this launch.
+void global_access(const void* address, size_t bytes, bool write);
+// Under AddressSanitizer: whoever touches these bytes ends the process with a report.
+void forbid(const void* from, size_t bytes);
+bool sanitized();
 void run(const Grid& grid, const std::function<void()>& thread_body);
 
 }  // namespace host
@@ -177,25 +184,29 @@ inline bool any(uint32_t mask, bool predicate, const char* file = __builtin_FILE
 
 template <typename T>
 T load(const T* from) {
-  host::check_alignment(from, sizeof(T));
+  host::check_alignment(from, alignof(T));
+  host::global_access(from, sizeof(T), false);
   return *from;
 }
 
 template <typename T>
 void store(T* to, T value) {
-  host::check_alignment(to, sizeof(T));
+  host::check_alignment(to, alignof(T));
+  host::global_access(to, sizeof(T), true);
   *to = value;
 }
 
 template <int n, typename T>
 Pack<T, n> load_pack(const T* from) {
   host::check_alignment(from, sizeof(Pack<T, n>));
+  host::global_access(from, sizeof(Pack<T, n>), false);
   return *reinterpret_cast<const Pack<T, n>*>(from);
 }
 
 template <int n, typename T>
 void store_pack(T* to, const Pack<T, n>& pack) {
   host::check_alignment(to, sizeof(Pack<T, n>));
+  host::global_access(to, sizeof(Pack<T, n>), true);
   *reinterpret_cast<Pack<T, n>*>(to) = pack;
 }
 

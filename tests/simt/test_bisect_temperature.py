@@ -224,3 +224,17 @@ def test_masked_classes_do_not_count(dtype):
         a = search(h.place(z, dtype), target, dtype, per_sample=per_sample)
         b = search(full, target, dtype, per_sample=per_sample)
         np.testing.assert_allclose(a[0], b[0], rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", h.DTYPES)
+def test_the_mean_of_equal_rows(dtype):
+    """However many they are, it is that of one: sums over the batch are double."""
+    row = h.draw(13, 1, 10, dtype)
+    one = search(h.place(row, dtype), 1.5, dtype, per_sample=False)
+    rtol = 1e-12 if dtype == "float64" else 2e-7
+    for n, settings in [(701, {}), (4001, {"multiprocessors": 2})]:  # one block, and a grid
+        h.simt().configure(seed=1, **settings)
+        logits = h.place(np.repeat(row, n, 0), dtype)
+        many = search(logits, 1.5, dtype, per_sample=False)
+        for got, want in zip(many, one, strict=True):
+            np.testing.assert_allclose(got, want, rtol=rtol)

@@ -42,6 +42,9 @@ def test_correct_kernels_run(seed):
     want = [rank for rank in (1, 2, 3, 0) for _ in range(16)]
     assert h.simt().run_probe("pass_on_in_cluster") == want
     assert h.simt().run_probe("grid_barrier") == [7] * 64
+    assert h.simt().run_probe("global_in_cluster") == want
+    assert h.simt().run_probe("global_in_grid") == want
+    assert h.simt().run_probe("global_with_barriers") == [(i + 1) % 64 for i in range(64)]
 
 
 @pytest.mark.parametrize(
@@ -59,11 +62,23 @@ def test_correct_kernels_run(seed):
         ("misaligned", "misaligned access of 8 bytes"),
         ("no_cluster_barrier", "another block without a barrier|written|not touched"),
         ("leave_while_others_read", "a block that threads have left|leaves while others wait"),
-        ("overwrite_what_others_read", "writes what was read, .* another block"),
+        ("overwrite_what_others_read", "(writes what was read,|reads) .* another block"),
         ("outside_the_cluster", "reads from block 4 of a cluster of 4|writes"),
         ("some_blocks_wait", "other threads have left|leaves while others wait"),
         ("different_cluster_barriers", "another thread waits at the barrier"),
         ("grid_barrier_in_a_cluster", "a grid that is not cooperative"),
+        ("global_read_too_early", "(reads|writes) what was (written|read) by block 0 thread"),
+        ("global_write_too_early", "(reads|writes) what was (written|read) by block 0 thread"),
+        ("global_block_barrier", "(reads|writes) what was (written|read) by block"),
+        ("global_block_barrier_in_cluster", "(reads|writes) what was (written|read) by"),
+        ("global_block_barrier_in_grid", "(reads|writes) what was (written|read) by"),
+        ("global_across_clusters", "(reads|writes) what was (written|read) by block"),
+        ("every_thread_writes", "global memory: .* writes what was written by block 0 thread"),
+        ("every_block_writes", "global memory: .* writes what was written by block . thread 0"),
+        ("every_block_of_a_cluster_writes", "writes what was written by block . thread 0"),
+        ("halves_of_a_pack", "writes what was written by block 0 thread [01]"),
+        ("write_what_all_read", "what was (read by (block|several)|written by block 2 thread 7)"),
+        ("write_what_a_cluster_reads", "what was (read by (block|several)|written by block 2)"),
     ],
 )
 @pytest.mark.parametrize("seed", range(4))

@@ -107,6 +107,70 @@ def test_forward_and_backward(c, dtype, eps):
 
 
 @pytest.mark.parametrize("dtype", h.DTYPES)
+@pytest.mark.parametrize("c", [1, 10, 32, 33, 512, 513, 1024, 1025, 3000, 9001])
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_gradients_with_the_forward_pass(c, dtype, eps):
+    """Those of the backward pass, in one launch and without a second read."""
+    k, n = 2, 3
+    for extra, shift, cluster in [(0, 0, 1), (3, 1, 4)]:
+        students = [
+            h.place(h.draw(i, n, c, dtype), dtype, extra=extra, shift=shift) for i in range(k)
+        ]
+        teachers = [
+            h.place(h.draw(9 + i, n, c, dtype), dtype, extra=extra, shift=shift) for i in range(k)
+        ]
+        temperature = np.array([1.5, 3.0])
+        coefficient = np.linspace(-1, 2, k * n).reshape(n, k).astype(h.real(dtype)).T
+        h.simt().configure(seed=2, max_cluster=cluster, max_shared_bytes=1 << 16)
+        kl, statistics = forward(students, teachers, temperature, dtype, eps)
+        want = backward(
+            students, teachers, temperature, dtype, eps, statistics, coefficient, shift=shift,
+            wants=(True, False, False),
+        )[0]  # fmt: skip
+        out = h.Outputs()
+        again = out.new((k, n), h.real(dtype))
+        got = [out.new((n, c), dtype, shift=shift) for _ in range(k)]
+        h.simt().take_counters()
+        h.simt().multi_teacher_kl(
+            students=students,
+            teachers=teachers,
+            temperature=temperature,
+            student_temperature=STUDENT_TEMPERATURE,
+            eps=eps,
+            kl=again,
+            statistics=None,
+            coefficient=coefficient,
+            grad_students=got,
+        )
+        out.check()
+        assert h.simt().take_counters()["launches"] == 1
+        tolerance = 4 * h.EPS[h.computed(dtype)]  # clusters of another size add in another order
+        np.testing.assert_allclose(again, kl, rtol=tolerance, atol=8 * tolerance)
+        for a, b in zip(got, want, strict=True):
+            h.assert_close(a, h.decode(b), dtype)
+
+
+def test_an_unaligned_gradient_with_the_forward_pass():
+    n, c = 3, 64
+    z = [h.draw(i, n, c, "float32") for i in range(2)]
+    out = h.Outputs()
+    kl, gradient = out.new((1, n), "float32"), out.new((n, c), "float32", shift=1)
+    h.simt().multi_teacher_kl(
+        students=[h.place(z[0], "float32")],
+        teachers=[h.place(z[1], "float32")],
+        temperature=1.0,
+        student_temperature=1.0,
+        eps=0.0,
+        kl=kl,
+        statistics=None,
+        coefficient=np.ones((1, n), np.float32),
+        grad_students=[gradient],
+    )
+    out.check()
+    h.assert_close(gradient, np.exp(h.log_softmax(z[0])) - np.exp(h.log_softmax(z[1])), "float32")
+
+
+@pytest.mark.parametrize("dtype", h.DTYPES)
 @pytest.mark.parametrize("c", [10, 33, 1000, 1100])
 @pytest.mark.parametrize("shared", [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("extra", [0, 16])
@@ -192,6 +256,24 @@ def test_masked_and_non_finite_rows(c, dtype, eps):
     h.assert_close(got[0][0][finite], want[1], dtype)
     h.assert_close(got[1][0][finite], want[2], dtype, floor=4)
     h.assert_close(got[2][0][finite], want[3], h.computed(dtype), ulp=256, floor=8)
+
+
+@pytest.mark.parametrize("dtype", h.DTYPES)
+@pytest.mark.parametrize("c", [20, 1000, 3000])
+def test_a_part_of_a_row_is_masked(c, dtype):
+    """So long a part that some threads see nothing else."""
+    s, t = h.draw(1, 6, c, dtype), h.draw(2, 6, c, dtype)
+    part = c - 3
+    s[0, :part] = t[0, :part] = -np.inf
+    s[1, 3:] = t[1, 3:] = -np.inf
+    t[2, :part] = -np.inf
+    s[3, :part] = -np.inf  # impossible for the student: infinite
+    s[4, 3:] = -np.inf
+    kl, _ = forward([h.place(s, dtype)], [h.place(t, dtype)], 1.0, dtype, 0.0)
+    assert (kl[0][3:5] == np.inf).all()
+    finite = [0, 1, 2, 5]
+    want = expected(s[finite], t[finite], 1.0, 0.0)
+    h.assert_close(kl[0][finite], want[0], h.computed(dtype), floor=4)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

@@ -85,3 +85,16 @@ def test_l2_makes_no_step_without_a_direction(dtype):
     wide = {"low": -np.inf, "high": np.inf, "l2": True}
     got = step(x_adv, grad, x, dtype, step_size=0.5, epsilon=100.0, **wide)
     h.assert_close(got, x_adv, dtype, ulp=4)
+
+
+@pytest.mark.parametrize("dtype", h.DTYPES)
+def test_l2_projects_without_a_direction(dtype):
+    """A perturbation that is too long already."""
+    x_adv, grad, x = draw(4, 2, 700, dtype)
+    grad[0] = 0
+    grad[1, 5] = np.nan
+    wide = {"low": -np.inf, "high": np.inf, "l2": True}
+    got = step(x_adv, grad, x, dtype, step_size=0.5, epsilon=0.1, **wide)
+    delta = x_adv - x
+    want = x + delta * 0.1 / np.linalg.norm(delta, axis=-1, keepdims=True)
+    h.assert_close(got, want, dtype, ulp=4)

@@ -1,0 +1,283 @@
+"""tools/gpu_check.py with programs that stand in for the GPU's; no GPU is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMI = "NVIDIA H100 80GB HBM3, 580.1, 345, 2619, 1980, 2619, 70.1, 700.0, 31, 0, 0x0000000000000001"
+
+PROBED = {
+    "torch": "2.11.0",
+    "cuda": "13.0",
+    "device": "NVIDIA H100 80GB HBM3",
+    "compute_capability": "9.0",
+    "multiprocessors": 132,
+    "copy_gb_per_s": 2900.5,
+    "nvidia_smi_while_copying": SMI.replace("345", "1980"),
+}
+
+BENCH = {
+    "copy_bytes_per_second": 2.9e12,
+    "records": [
+        {
+            "op": "softmax_entropy",
+            "shape": shape,
+            "dtype": "float32",
+            "pass_": "forward",
+            "provider": provider,
+            "sweep": "",
+            "ideal_bytes": ideal,
+            "measures": {"wall": {"median_us": 30.0}, "graph_cold": {"median_us": 10.0}},
+        }
+        for shape, ideal in (("128x10", 5120), ("8192x32k", 14_500_000))
+        for provider in ("bmtard", "eager")
+    ],
+}
+
+# Stands in for Python and, at the end of its command, for compute-sanitizer. What it is told to
+# do stands in the folder of its environment variable FAKE.
+FAKE = f"""#!{sys.executable}
+import json, os, pathlib, sys, time
+folder = pathlib.Path(os.environ["FAKE"])
+told = json.loads((folder / "told.json").read_text())
+arguments = sys.argv[1:]
+with (folder / "calls.jsonl").open("a") as calls:
+    calls.write(json.dumps([pathlib.Path(sys.argv[0]).name, arguments, dict(os.environ)]) + "\\n")
+if "-c" in arguments:
+    if "no_device" in told:
+        sys.exit(told["no_device"])
+    print(json.dumps({PROBED!r}))
+elif "--tool" in arguments:
+    tool = arguments[arguments.index("--tool") + 1]
+    print("3 passed in 1 s")
+    if tool in told.get("errors", ()):
+        print("========= ERROR SUMMARY: 2 errors")
+        sys.exit(66)
+    if tool not in told.get("silent", ()):
+        what = "hazards displayed (0 errors, 0 warnings)" if tool == "racecheck" else "errors"
+        print(f"========= SUMMARY: 0 {{what}}")
+elif "benchmarks" in arguments:
+    plots = pathlib.Path(arguments[arguments.index("--plot") + 1])
+    pathlib.Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps({BENCH!r}))
+    (plots / "softmax_entropy.png").write_bytes(b"")
+    print("4 measurements")
+else:
+    name = "graphs" if "graph" in arguments else "tests"
+    if name in told.get("hang", ()):
+        time.sleep(60)
+    failed = name in told.get("errors", ())
+    print(f"== {{'1 failed' if failed else '7 passed'}} in 2 s ==")
+    sys.exit(int(failed))
+"""
+
+
+@pytest.fixture
+def tool(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "tools" / "gpu_check.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_check", module)
+    spec.loader.exec_module(module)
+
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    scripts = {
+        "python": FAKE,
+        "compute-sanitizer": FAKE,
+        "nvidia-smi": f"#!/bin/sh\necho '{SMI}'\n",
+    }
+    for name, text in scripts.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    checkout = tmp_path / "checkout"
+    (checkout / "bmtard").mkdir(parents=True)
+    (checkout / "bmtard" / "_C.so").touch()
+    monkeypatch.setattr(module, "ROOT", checkout)
+    monkeypatch.setattr(module, "LOGS", checkout / "logs")
+    monkeypatch.setattr(module, "PYTHON", str(programs / "python"))
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    monkeypatch.setenv("FAKE", str(tmp_path))
+    module.told = lambda **what: (tmp_path / "told.json").write_text(json.dumps(what))
+    module.told()
+    module.out = tmp_path / "out"
+    module.run_all = lambda *arguments: module.main(["--out", str(module.out), *arguments])
+    module.result = lambda: json.loads((module.out / f"{STEM}.json").read_text())
+    module.calls = lambda: [
+        json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()
+    ]
+    return module
+
+
+STEM = f"h100-80gb-hbm3-{date.today().isoformat()}"
+
+
+def test_everything_is_run_and_written(tool, capsys):
+    assert tool.run_all() == 0
+    result = tool.result()
+    assert list(result["parts"]) == ["tests", "sanitizer", "graphs", "bench"]
+    assert list(result["parts"]["sanitizer"]) == list(tool.SANITIZERS)
+    assert all(step["ok"] for steps in result["parts"].values() for step in steps.values())
+    assert result["parts"]["tests"]["tests"]["closing"] == "7 passed in 2 s"
+    assert result["nvidia_smi"]["driver_version"] == "580.1"
+    assert result["nvidia_smi"]["clocks.sm"] == "345"
+    assert result["machine"] == PROBED
+    assert result["bench"] == BENCH
+
+    text = (tool.out / f"{STEM}.md").read_text()
+    assert text.startswith(f"# bmtard on NVIDIA H100 80GB HBM3, {date.today().isoformat()}\n")
+    assert "2900.5 GB/s, read plus written" in text
+    assert "| sanitizer | racecheck | passed |" in text
+    # The larger shape; 14.5 MB in 10 us are half of the copy bandwidth.
+    assert "| softmax_entropy | 8192x32k | float32 | forward | graph_cold | 10.0 | 50% |" in text
+    assert "128x10" not in text
+    assert f"![softmax_entropy]({STEM}/softmax_entropy.png)" in text
+    assert (tool.out / STEM / "softmax_entropy.png").is_file()
+
+    summary = capsys.readouterr().out
+    for name in ("tests", *tool.SANITIZERS, "graphs", "bench"):
+        assert f"  {name:10} passed" in summary
+
+
+def test_commands(tool):
+    assert tool.run_all() == 0
+    commands = [(name, arguments) for name, arguments, _ in tool.calls() if "-c" not in arguments]
+    assert [name for name, _ in commands] == [
+        "python",
+        *["compute-sanitizer"] * 4,
+        "python",
+        "python",
+    ]
+    tests, memcheck, _, _, _, graphs, _ = (arguments for _, arguments in commands)
+    # Together the two parts run every test of the device once.
+    assert tests[tests.index("-k") + 1] == f"not {graphs[graphs.index('-k') + 1]}"
+    assert "cuda" in tests
+    assert "cuda" in graphs
+    assert memcheck[:4] == ["--tool", "memcheck", "--error-exitcode", "66"]
+    assert (ROOT / "tests" / "test_cuda_kernels.py").is_file()
+    assert "tests/test_cuda_kernels.py" in memcheck
+    for _, arguments, env in tool.calls():
+        assert env["BMTARD_REQUIRE_CUDA"] == env["BMTARD_REQUIRE_NATIVE"] == "1"
+        cached = "PYTORCH_NO_CUDA_MEMORY_CACHING" not in env
+        assert cached == ("--tool" not in arguments)
+
+
+def test_no_device_test_is_left_out():
+    for folder in ("training", "simt"):
+        for path in (ROOT / "tests" / folder).glob("test_*.py"):
+            assert "def test" in path.read_text()
+            assert not re.search(r"def test\w*\([^)]*\bdevice\b|mark\.cuda", path.read_text()), path
+
+
+def test_a_failure_does_not_lose_the_others(tool, capsys):
+    tool.told(errors=["tests", "racecheck"])
+    assert tool.run_all() == 1
+    parts = tool.result()["parts"]
+    failed = {name for steps in parts.values() for name, step in steps.items() if not step["ok"]}
+    assert failed == {"tests", "racecheck"}
+    assert parts["sanitizer"]["racecheck"]["closing"] == "ERROR SUMMARY: 2 errors"
+    assert tool.result()["bench"] == BENCH
+    summary = capsys.readouterr().out
+    assert "  tests      FAILED" in summary
+    assert "  graphs     passed" in summary
+    assert "| tests | tests | FAILED |" in (tool.out / f"{STEM}.md").read_text()
+
+
+def test_a_sanitizer_that_watched_nothing_has_failed(tool):
+    tool.told(silent=["initcheck"])
+    assert tool.run_all("--part", "sanitizer") == 1
+    steps = tool.result()["parts"]["sanitizer"]
+    assert [name for name, step in steps.items() if not step["ok"]] == ["initcheck"]
+    assert "does not say" in steps["initcheck"]["closing"]
+
+
+def test_parts_add_up_in_one_file(tool):
+    assert tool.run_all("--part", "bench") == 0
+    tool.told(errors=["graphs"])
+    assert tool.run_all("--part", "graphs") == 1
+    assert list(tool.result()["parts"]) == ["bench", "graphs"]
+    assert tool.result()["bench"] == BENCH
+    tool.told()
+    assert tool.run_all("--part", "graphs", "tests") == 0
+    assert tool.result()["parts"]["graphs"]["graphs"]["ok"]
+
+
+def test_a_part_that_hangs_is_stopped(tool, monkeypatch):
+    monkeypatch.setattr(tool, "PART_SECONDS", 0.5)
+    tool.told(hang=["graphs"])
+    assert tool.run_all("--part", "graphs") == 1
+    step = tool.result()["parts"]["graphs"]["graphs"]
+    assert step["closing"].startswith("stopped after 0 s" if step["seconds"] < 0.5 else "stopped")
+    assert step["seconds"] < 10
+
+
+def test_a_program_that_is_missing_has_failed(tool, tmp_path):
+    (tmp_path / "bin" / "compute-sanitizer").unlink()
+    assert tool.run_all("--part", "sanitizer") == 1
+    steps = tool.result()["parts"]["sanitizer"]
+    assert all("compute-sanitizer" in step["closing"] for step in steps.values())
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (None, "needs an NVIDIA GPU, but there is no nvidia-smi on PATH"),
+        ("echo 'No devices were found'; exit 6", "nvidia-smi says: No devices were found"),
+        ("echo 'No devices were found'", "nvidia-smi says: No devices were found"),
+        ("exit 9", "nvidia-smi says: exit status 9"),
+    ],
+)
+def test_without_a_gpu_it_says_so(tool, tmp_path, script, message):
+    smi = tmp_path / "bin" / "nvidia-smi"
+    if script is None:
+        smi.unlink()
+    else:
+        smi.write_text(f"#!/bin/sh\n{script}\n")
+    with pytest.raises(SystemExit, match=f"^gpu-check: .*{message}$"):
+        tool.run_all()
+    assert not tool.out.exists()
+
+
+def test_without_the_library_it_says_so(tool):
+    (tool.ROOT / "bmtard" / "_C.so").unlink()
+    with pytest.raises(SystemExit, match=r"bmtard/_C.so is missing: build it"):
+        tool.run_all()
+
+
+def test_a_device_that_cannot_be_used_is_named(tool):
+    tool.told(no_device="torch 2.11.0+cpu finds no CUDA device")
+    message = r"the device cannot be used: torch 2.11.0\+cpu finds no CUDA device"
+    with pytest.raises(SystemExit, match=message):
+        tool.run_all()
+
+
+def test_probe_says_what_is_missing_here(tool):
+    """The probe itself, on a machine that cannot pass it."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", tool.PROBE],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"torch {torch.__version__} finds no CUDA device"
+
+
+def test_unknown_part_is_refused(tool, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tool.run_all("--part", "everything")
+    assert "invalid choice: 'everything'" in capsys.readouterr().err
