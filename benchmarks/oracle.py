@@ -87,19 +87,23 @@ def differs(
 ) -> str:
     """Where ``got`` is off by more than rtol |expected| + of_largest max |expected|, or "".
 
-    NaN is off; float64 is compared in chunks, whatever the dtypes are."""
+    NaN is off. One unit of the dtype's smallest numbers is allowed as well: unscaled float16
+    gradients of a mean over many numbers are not much more. Compared in float64, in chunks.
+    """
     if got.shape != expected.shape:
         return f"{name} has shape {list(got.shape)}, not {list(expected.shape)}"
     if not got.numel():
         return ""
     got = got.detach()
     largest = float(expected.abs().max())
+    info = torch.finfo(got.dtype)
+    smallest = info.smallest_normal * info.eps
     worst, where = 0.0, 0
     flat_got, flat_expected = got.reshape(-1), expected.reshape(-1)
     for part in chunks(flat_got.numel(), 1):
         wanted = flat_expected[part].double()
         allowed = rtol * wanted.abs() + of_largest * largest
-        excess = (flat_got[part].double() - wanted).abs() / allowed.clamp(min=1e-300)
+        excess = (flat_got[part].double() - wanted).abs() / (allowed + smallest).clamp(min=1e-300)
         excess = torch.where(excess.isnan(), torch.inf, excess)
         top, index = excess.max(0)
         if float(top) > worst:

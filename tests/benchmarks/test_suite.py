@@ -81,10 +81,30 @@ def test_scikit_learn_solves_the_same_problem(shape, dtype):
     op, case = BisectTemperature(), spec(*shape, dtype=dtype)
     inputs = op.inputs(case, 0)
     function = Sklearn().build(op.name, case)
-    assert suite.check(op, None, inputs, function, "forward") == ""
+    assert suite.check(op, op.oracle(inputs), inputs, function, "forward") == ""
     ours = Bmtard().build(op.name, case)(inputs)[0]
     theirs = function.result(inputs, function(inputs))[0]
     torch.testing.assert_close(theirs.float(), ours, rtol=1e-3, atol=0)
+
+
+def test_search_may_end_at_the_lowest_temperature():
+    op, case = BisectTemperature(), spec(128, 2)
+    inputs = op.inputs(case, 0)
+    reached = op.oracle(inputs)
+    assert 0 < int((~reached).sum()) < 10
+    for provider in (Bmtard(), Eager()):
+        function = provider.build(op.name, case)
+        assert suite.check(op, reached, inputs, function, "forward") == ""
+    (found,) = Bmtard().build(op.name, case)(inputs)
+    assert "off the target" in op.verify(reached, inputs, (found.clamp(min=0.02),), None)
+
+
+def test_unscaled_half_gradients_are_as_right_as_float16_is():
+    op = OPS["bmtard_loss_sign"]
+    case = spec(256, 1000, dtype=torch.float16)
+    inputs = op.inputs(case, 0)
+    function = Eager().build(op.name, case)
+    assert suite.check(op, op.oracle(inputs), inputs, function, "both") == ""
 
 
 def test_training_steps_agree():
