@@ -175,6 +175,7 @@ def scaling(report: Report) -> Any | None:
             panel.set_title(f"{op}, along {AXES[axis_name]}", fontsize=8)
             panel.yaxis.set_major_formatter(lambda value, _: duration(value))
             panel.tick_params(labelsize=7)
+            panel.tick_params(axis="y", which="minor", labelleft=False)
             panel.grid(alpha=0.25)
             panel.legend(fontsize=7, frameon=False)
     figure.suptitle(f"Time along one axis; dashed: linear. {_where(report)}", fontsize=9)
