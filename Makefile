@@ -53,8 +53,8 @@ wheel: venv  ## dist/bmtard-*.whl, for all GPU architectures where nvcc is found
 test-wheel: wheel  ## that wheel under other Pythons and torches
 	$(BIN)/python tools/test_wheel.py dist/*.whl
 
-bench: venv  ## time the whole loss against the published operations
-	$(BIN)/python benchmarks/bench_head.py
+bench: venv  ## time the ops against what they replace; BENCH_ARGS="--quick" for a look
+	$(BIN)/bmtard bench $(BENCH_ARGS)
 
 # Before gigabytes are fetched, the tool says whether there is an nvcc.
 $(CUDA_VENV)/installed:

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from bmtard.training.trainer import NonFiniteLossError
 
     try:
-        COMMANDS[name](rest)
+        return COMMANDS[name](rest) or 0
     except (ValueError, FileNotFoundError, ImportError, NonFiniteLossError) as error:
         print(f"bmtard {name}: {error}", file=sys.stderr)
         return 2
@@ -33,7 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = "; --resume continues at the last checkpoint" if name == "train" else ""
         print(f"\nbmtard {name}: interrupted{hint}", file=sys.stderr)
         return 130
-    return 0
 
 
 def _help() -> str:
@@ -87,6 +86,13 @@ def _demo(arguments: list[str]) -> None:
     run_demo(config, shlex.join(["bmtard", "demo", *arguments]))
 
 
+def _bench(arguments: list[str]) -> int:
+    """time the ops against what they replace, on this machine"""
+    from bmtard.benchmarks.cli import bench
+
+    return bench(arguments, "bmtard bench")
+
+
 def _info(arguments: list[str]) -> None:
     """show the version, the kernels in use, and the devices"""
     import torch
@@ -101,10 +107,11 @@ def _info(arguments: list[str]) -> None:
     print(f"{'GPUs:':<10}{', '.join(names) or 'none'}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": _train,
     "evaluate": _evaluate,
     "demo": _demo,
+    "bench": _bench,
     "info": _info,
 }
 

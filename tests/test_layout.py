@@ -24,6 +24,7 @@ LAYERS = [
     {"balance", "losses", "attacks", "dropin"},
     {"models", "data"},
     {"training"},
+    {"benchmarks"},
     {"cli", "__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
@@ -88,6 +89,11 @@ def only_simt_has_intrinsics(path: PurePosixPath, text: str) -> Iterator[str]:
         yield from (f"uses {name}" for name in sorted(set(DEVICE_INTRINSIC.findall(code_of(text)))))
 
 
+def in_package(path: PurePosixPath) -> PurePosixPath:
+    """benchmarks/ is the package bmtard.benchmarks, by a link."""
+    return PurePosixPath("bmtard") / path if path.parts[0] == "benchmarks" else path
+
+
 def module_of(path: PurePosixPath) -> str:
     """bmtard/ops.py -> ops; bmtard/training/run.py -> training."""
     return PurePosixPath(path.parts[1]).stem
@@ -106,6 +112,7 @@ def imports(path: PurePosixPath, nodes: list[ast.AST]) -> Iterator[str]:
 
 def imports_point_down(path: PurePosixPath, text: str) -> Iterator[str]:
     """A module imports bmtard modules of its own layer or below."""
+    path = in_package(path)
     if path.parts[0] != "bmtard" or path.suffix != ".py":
         return
     module = module_of(path)
@@ -113,14 +120,18 @@ def imports_point_down(path: PurePosixPath, text: str) -> Iterator[str]:
         yield f"bmtard.{module} has no layer in tests/test_layout.py"
         return
     for name in imports(path, list(ast.walk(ast.parse(text)))):
-        parts = name.split(".")
+        parts = [*name.split("."), "__init__"]
         if parts[0] == "bmtard" and LEVEL.get(parts[1], LEVEL["__init__"]) > LEVEL[module]:
             yield f"imports {name}"
 
 
 def core_needs_torch_and_numpy_only(path: PurePosixPath, text: str) -> Iterator[str]:
-    """What `import bmtard` loads imports the standard library, torch and numpy at its top."""
-    if path.match("bmtard/*.py") and module_of(path) in CORE_MODULES:
+    """What `import bmtard` and `bmtard bench` load imports the standard library, torch and numpy
+    at its top."""
+    path = in_package(path)
+    if path.parts[:2] == ("bmtard", "benchmarks") or (
+        path.match("bmtard/*.py") and module_of(path) in CORE_MODULES
+    ):
         for name in imports(path, ast.parse(text).body):
             if name.split(".")[0] not in RUNTIME:
                 yield f"imports {name}"
@@ -181,6 +192,21 @@ RULES: list[tuple[Rule, tuple[str, str], tuple[str, str]]] = [
         imports_point_down,
         ("bmtard/unheard_of.py", ""),
         ("bmtard/cli.py", "import bmtard.training.run"),
+    ),
+    (
+        imports_point_down,
+        ("bmtard/ops.py", "from bmtard.benchmarks import spec"),
+        ("benchmarks/ops/a.py", "from bmtard.training import report\nfrom ..spec import Op"),
+    ),
+    (
+        imports_point_down,
+        ("benchmarks/ops/a.py", "from bmtard.cli import main"),
+        ("bmtard/cli.py", "from bmtard.benchmarks import cli"),
+    ),
+    (
+        core_needs_torch_and_numpy_only,
+        ("benchmarks/providers/a.py", "import sklearn"),
+        ("benchmarks/table.py", "from .spec import Op\ndef f():\n  import rich"),
     ),
     (
         core_needs_torch_and_numpy_only,

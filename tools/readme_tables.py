@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bmtard.benchmarks.report import Record, Report
+from bmtard.benchmarks.report import load as load_report
+from bmtard.benchmarks.table import duration
 from bmtard.training.report import accuracy_header, accuracy_rows, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,39 +41,112 @@ def demo() -> str:
     )
 
 
-def head() -> str:
-    result = load("head-cpu.json")
-    machine = result["machine"]
-    names = {
-        "bmtard sign": "bmtard, sign",
-        "bmtard bisect": "bmtard, bisect",
-        "torch.compile": "torch.compile, sign",
-        "eager as published": "published code, sign",
-    }
-    rows = []
-    for shape, figures in result["figures"].items():
-        base = figures["bmtard sign"]["median_us"]
-        rows.append(
-            [
-                shape.replace("x", " x "),
-                *(
-                    f"{figures[name]['median_us']:,.0f} ({figures[name]['median_us'] / base:.1f})"
-                    for name in names
-                ),
-            ]
-        )
+SHAPES = ("cifar10", "tiny-imagenet", "imagenet", "llm32k")
+PROVIDERS = {"eager": "eager", "compile": "torch.compile", "sklearn": "scikit-learn"}
+
+
+def whole_op(report: Report, op: str, shape: str) -> dict[str, Record]:
+    """The records of an op's longest pass in float32, by provider."""
+    records = [
+        r
+        for r in report.records
+        if (r.op, r.shape, r.dtype) == (op, shape, "float32") and r.measures
+    ]
+    return {r.provider: r for r in records if r.pass_ == records[-1].pass_}
+
+
+def ratio_cell(record: Record | None) -> str:
+    ratio = None if record is None or record.provider == "bmtard" else record.best.ratio
+    return "-" if ratio is None else "tie" if ratio.tie else f"{ratio.median:.1f}"
+
+
+def cells(records: dict[str, Record], providers: Sequence[str]) -> list[str]:
+    """bmtard's time, and the times of the others over it."""
+    ratios = [ratio_cell(records.get(name)) for name in providers]
+    return [duration(records["bmtard"].best.median_us), *ratios]
+
+
+def source(report: Report, name: str) -> str:
+    machine = report.machine
+    plural = "s" if report.threads > 1 else ""
+    clock = {"cpu_time": "CPU time", "wall": "wall clock"}[
+        next(record.best_measure for record in report.records if record.measures)
+    ]
     return (
-        f"{markdown_table(['N x C', *names.values()], rows)}\n\n"
-        "Microseconds, median (ratio to bmtard, sign); two teachers, float32, forward and "
-        f"backward; {machine['processor']}, {result['threads']} thread, kernels "
-        f"{machine['kernels']}; torch {machine['torch']}; {result['date']}; `{result['command']}`; "
-        "[benchmarks/results/head-cpu.json](benchmarks/results/head-cpu.json)."
+        f"float32; {clock}; {machine['processor']}, {report.threads} thread{plural}, kernels "
+        f"{machine['kernels']}, load {machine['load']}; torch {machine['torch']}; "
+        f"{report.date[:10]}; `{report.command}`; "
+        f"[benchmarks/results/{name}](benchmarks/results/{name})."
     )
+
+
+def head() -> str:
+    name = "cpu-1-thread.json"
+    report = load_report(RESULTS / name)
+    others = ("eager", "compile")
+    rows = []
+    for shape in SHAPES:
+        sign, bisect = (whole_op(report, f"bmtard_loss_{m}", shape) for m in ("sign", "bisect"))
+        dims = " x ".join(map(str, sign["bmtard"].dims))
+        rows.append([dims, *cells(sign, others), *cells(bisect, others)])
+    header = ["N x C", "bmtard, sign", "published code", "torch.compile"]
+    header += ["bmtard, bisect", "eager", "torch.compile"]
+    return (
+        f"{markdown_table(header, rows)}\n\n"
+        "Time of bmtard, and how many times as long the others take (tie: the 99 % interval of "
+        f"that ratio holds 1); two teachers, forward and gradient; {source(report, name)}"
+    )
+
+
+def ops() -> str:
+    name = "cpu-1-thread.json"
+    report = load_report(RESULTS / name)
+    rows = []
+    for op in ("softmax_entropy", "multi_teacher_kl", "bisect_temperature", "pgd_step_"):
+        for shape in ("digits", *SHAPES):
+            records = whole_op(report, op, shape)
+            if "bmtard" in records:
+                ours = records["bmtard"]
+                what = f"`{op}`, {ours.pass_}"
+                dims = " x ".join(map(str, ours.dims))
+                rows.append([what, dims, *cells(records, tuple(PROVIDERS))])
+    header = ["", "Shape", "bmtard", *PROVIDERS.values()]
+    return (
+        f"{markdown_table(header, rows)}\n\n"
+        "Time of bmtard, and how many times as long the others take (both: forward and gradient); "
+        f"{source(report, name)}"
+    )
+
+
+def step() -> str:
+    name = "cpu-step.json"
+    report = load_report(RESULTS / name)
+    rows = []
+    for record in report.records:
+        if record.phases_ms:
+            total = sum(record.phases_ms.values())
+            phases = [record.phases_ms[phase] for phase in ("attack", "head")]
+            rows.append(
+                [
+                    {"bmtard": "bmtard", "eager": "published code"}[record.provider],
+                    duration(record.best.median_us),
+                    ratio_cell(record),
+                    *(duration(1e3 * milliseconds) for milliseconds in phases),
+                    f"{100 * record.phases_ms['head'] / total:.2f} %",
+                ]
+            )
+    header = ["One training step", "Whole", "Over bmtard's", "PGD-10", "Head", "Head's share"]
+    batch, *image = report.records[0].dims
+    size = " x ".join(map(str, image))
+    return f"{markdown_table(header, rows)}\n\n{batch} images of {size}; {source(report, name)}"
+
+
+TABLES = {"demo": demo, "head": head, "ops": ops, "step": step}
 
 
 def filled(readme: str) -> str:
     """``readme`` with every table as the result files have it."""
-    for name, table in (("demo", demo), ("head", head)):
+    for name, table in TABLES.items():
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
         before, found, rest = readme.partition(begin)
         _, closed, after = rest.partition(end)

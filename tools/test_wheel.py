@@ -93,6 +93,8 @@ def check_wheel(wheel: Path) -> None:
     if (megabytes := wheel.stat().st_size / 1e6) >= MAX_MEGABYTES:
         problems.append(f"{megabytes:.1f} MB is not below {MAX_MEGABYTES} MB")
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
+        if "bmtard/benchmarks/ops/pgd_step.py" not in archive.namelist():
+            problems.append("bmtard.benchmarks is not in it")
         library = archive.extract("bmtard/_C.so", folder)
         dynamic = output("readelf", "-dW", library)
         symbols = output("nm", "-D", "--undefined-only", library)

@@ -1,0 +1,190 @@
+"""The options of ``bmtard bench``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import compare, plots, table
+from .report import Report, load
+from .spec import DTYPES, PASSES, catalogue
+from .suite import Selection, run
+
+BUSY = 0.3
+"""Load for each core, when the run begins, above which it is noted."""
+
+DESCRIPTION = """\
+Times bmtard's ops against what they replace, on this machine. Every provider is checked against
+float64 before it is timed. benchmarks/README.md tells how to read the tables."""
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    ops, providers = catalogue()
+    made = argparse.ArgumentParser(
+        prog=prog,
+        description=DESCRIPTION,
+        epilog=f"ops: {', '.join(ops)}; providers: {', '.join(providers)}",
+    )
+    made.add_argument(
+        "what", nargs="?", choices=["step"], help="one whole training step instead of the ops"
+    )
+    size = made.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a look, within a minute")
+    size.add_argument("--full", action="store_true", help="every shape, dtype and pass")
+
+    def several(name: str, **options: Any) -> None:
+        made.add_argument(name, nargs="+", action="extend", default=[], **options)
+
+    several("--op", metavar="OP")
+    several("--shape", metavar="SHAPE", help="names, or sizes: 512x1000")
+    several("--dtype", choices=list(DTYPES))
+    several("--pass", dest="passes", choices=PASSES[:3])
+    several("--provider", metavar="PROVIDER")
+    made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    made.add_argument("--threads", type=int, help="of the CPU; default: as torch chooses")
+    made.add_argument(
+        "--max-memory", type=float, metavar="GIB", help="a case may need; default: half of the free"
+    )
+    made.add_argument("--seconds", type=float, help="for each op, shape, dtype and pass")
+    made.add_argument(
+        "--sweep", action=argparse.BooleanOptionalAction, help="time along N, C and K as well"
+    )
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    made.add_argument("--plot", type=Path, metavar="DIR", help="draw it here")
+    made.add_argument(
+        "--compare", type=Path, nargs="+", metavar=("OLD.json", "NEW.json"),
+        help="name what became slower since OLD; exit status 1 if anything did. With NEW nothing "
+        "is measured",
+    )  # fmt: skip
+    made.add_argument(
+        "--tolerance", type=float, default=0.1, help="of --compare; default 0.1 (10 %%)"
+    )
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status; errors of the user are one line on stderr."""
+    prog = "python -m benchmarks"
+    try:
+        return bench(list(sys.argv[1:] if arguments is None else arguments), prog)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def bench(arguments: list[str], prog: str) -> int:
+    """Runs the command. Exit status 1: a wrong provider, bmtard failed, or a regression."""
+    options = parser(prog).parse_args(arguments)
+    _check(options)
+    display = table.Display()
+    if options.compare and len(options.compare) == 2:
+        before, after = (load(path) for path in options.compare)
+        return _show_comparison(display, compare.compare(before, after, options.tolerance))
+    old = load(options.compare[0]) if options.compare else None
+    if options.json:  # fails now rather than after the measurement
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.touch()
+    if options.plot:
+        plots.check()
+        options.plot.mkdir(parents=True, exist_ok=True)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads or threads)
+    try:
+        report = _measure(options, display, shlex.join([*prog.split(), *arguments]))
+    finally:
+        torch.set_num_threads(threads)
+    if options.json:
+        report.save(options.json)
+    if options.plot:
+        for path in plots.draw(report, options.plot):
+            display.line(f"drawn: {path}")
+    status = int(bool(report.wrong) or any(r.provider == "bmtard" for r in report.failed))
+    if old is not None:
+        comparison = compare.compare(old, report, options.tolerance)
+        status = max(status, _show_comparison(display, comparison))
+    return status
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.threads is not None and options.threads < 1:
+        raise ValueError(f"--threads must be >= 1, got {options.threads}")
+    for name in ("seconds", "max_memory"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be > 0, got {value}")
+    if not 0 <= options.tolerance < 10:
+        raise ValueError(f"--tolerance must lie in [0, 10), got {options.tolerance}")
+    if options.compare and len(options.compare) > 2:
+        raise ValueError(f"--compare takes one or two files, got {len(options.compare)}")
+    if options.what == "step" and options.op:
+        raise ValueError(f"step measures the step alone, got --op {' '.join(options.op)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device cuda: torch {torch.__version__} finds no CUDA device; nothing was measured"
+        )
+
+
+def _measure(options: argparse.Namespace, display: table.Display, command: str) -> Report:
+    ops, providers = catalogue()
+    selection = Selection(
+        preset="quick" if options.quick else "full" if options.full else "default",
+        ops=("bmtard_step",) if options.what == "step" else tuple(options.op),
+        shapes=tuple(options.shape),
+        dtypes=tuple(options.dtype),
+        passes=tuple(options.passes),
+        providers=tuple(options.provider),
+        device=torch.device(options.device),
+        max_memory=None if options.max_memory is None else int(options.max_memory * 2**30),
+        seconds=options.seconds,
+        sweep=options.sweep,
+    )
+    with display:
+        report = run(selection, ops, providers, command=command, progress=display.advance)
+    _show(display, report)
+    return report
+
+
+def _show(display: table.Display, report: Report) -> None:
+    machine = report.machine
+    name = machine.get("gpu", f"{machine['processor']}, {report.threads} thread(s)")
+    display.line(
+        f"{name}; kernels {machine['kernels']}; torch {machine['torch']}; "
+        f"copy {report.copy_bytes_per_second / 1e9:.1f} GB/s; load {machine['load']}\n"
+    )
+    if report.device == "cpu" and machine["load"] > BUSY * machine["cores"]:
+        display.line("note: other processes are busy; the figures of several threads suffer most\n")
+    timed = [r for r in report.records if r.status != "absent"]
+    for op in dict.fromkeys(r.op for r in timed):
+        rows = [r for r in timed if r.op == op and not r.sweep]
+        if rows:
+            copy = report.copy_bytes_per_second
+            display.table(table.op_table(op, rows, copy, report.device))
+    if any(r.sweep for r in timed):
+        display.table(table.sweep_table(timed))
+    if steps := [r for r in timed if r.phases_ms]:
+        display.table(table.phases_table(steps))
+    for line in table.problems(report):
+        display.line(line)
+    display.line(
+        f"{sum(bool(r.measures) for r in timed)} measurements in {report.seconds:.0f} s; "
+        "ratios are times over bmtard's, with their 99 % intervals"
+    )
+
+
+def _show_comparison(display: table.Display, comparison: compare.Comparison) -> int:
+    for warning in comparison.warnings:
+        display.line(f"note: {warning}")
+    display.table(compare.comparison_table(comparison))
+    slower = comparison.having("slower")
+    if slower:
+        display.line(f"{len(slower)} measurement(s) slower than before")
+    return int(bool(slower))

@@ -1,0 +1,1 @@
+"""One file an op: ``OPS`` lists what it defines."""

@@ -1,0 +1,1 @@
+"""One file a family of providers: ``PROVIDERS`` lists what it defines."""

@@ -1,0 +1,123 @@
+"""The ops under test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bmtard
+from bmtard.attacks import pgd
+
+from ..ops import bmtard_loss, pgd_step, step
+from ..ops.bisect_temperature import SearchInputs
+from ..ops.bmtard_loss import HeadInputs
+from ..ops.multi_teacher_kl import KLInputs
+from ..ops.pgd_step import StepInputs
+from ..ops.softmax_entropy import EntropyInputs
+from ..ops.step import StepInputs as TrainingInputs
+from ..ops.step import TrainingStep
+from ..spec import Function, Outputs, Provider, Spec
+
+
+class FusedStep(TrainingStep):
+    """The loop of examples/bmtard_loop.py, in the published mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.balance = bmtard.BMTARDLoss(balance="sign", eps=bmtard_loss.EPS)
+
+    def start(self, inputs: TrainingInputs) -> None:
+        super().start(inputs)
+        self.balance.to(inputs.x.device)
+
+    def attack(self, student: nn.Module, inputs: TrainingInputs) -> Tensor:
+        return pgd(
+            student,
+            inputs.x,
+            inputs.labels,
+            epsilon=step.EPSILON,
+            step_size=step.STEP_SIZE,
+            steps=step.STEPS,
+            random_start="gaussian",
+        )
+
+    def head(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:
+        return self.balance(students, teachers)
+
+    def state(self) -> tuple[Any, Any]:
+        return self.balance.temperatures, self.balance.weights
+
+
+class Bmtard(Provider):
+    name = "bmtard"
+    title = "bmtard"
+
+    def absent(self, device: torch.device) -> str:
+        if device.type == "cuda" and not bmtard.build_info().cuda:
+            return "bmtard was built without CUDA kernels"
+        return ""
+
+    def softmax_entropy(self, spec: Spec) -> Function:
+        def run(i: EntropyInputs) -> Outputs:
+            return (bmtard.softmax_entropy(i.logits, i.temperature),)
+
+        return run
+
+    def multi_teacher_kl(self, spec: Spec) -> Function:
+        def run(i: KLInputs) -> Outputs:
+            return (bmtard.multi_teacher_kl(i.students, i.teachers, i.temperature),)
+
+        return run
+
+    def bisect_temperature(self, spec: Spec) -> Function:
+        return self._search(per_sample=True)
+
+    def bisect_temperature_batch(self, spec: Spec) -> Function:
+        return self._search(per_sample=False)
+
+    def _search(self, *, per_sample: bool) -> Function:
+        def run(i: SearchInputs) -> Outputs:
+            found = bmtard.bisect_temperature(
+                i.logits, i.target, bounds=i.bounds, per_sample=per_sample, tolerance=i.tolerance
+            )
+            return (found.temperature,)
+
+        return run
+
+    def bmtard_loss_sign(self, spec: Spec) -> Function:
+        return self._head("sign", spec)
+
+    def bmtard_loss_bisect(self, spec: Spec) -> Function:
+        return self._head("bisect", spec)
+
+    def _head(self, balance: str, spec: Spec) -> Function:
+        loss = bmtard.BMTARDLoss(
+            spec.shape.teachers,
+            balance=balance,
+            temperature_bounds=bmtard_loss.BOUNDS,
+            temperature_lr=bmtard_loss.TEMPERATURE_LR,
+            weight_lr=bmtard_loss.WEIGHT_LR,
+            eps=bmtard_loss.EPS,
+        ).to(spec.device)
+
+        def run(i: HeadInputs) -> Outputs:
+            return loss(i.students, i.teachers), loss.temperatures, loss.weights
+
+        return run
+
+    def pgd_step_(self, spec: Spec) -> Function:
+        def run(i: StepInputs) -> Outputs:
+            moved = bmtard.pgd_step_(
+                i.x_adv, i.grad, i.x, step_size=pgd_step.STEP_SIZE, epsilon=pgd_step.EPSILON
+            )
+            return (moved,)
+
+        return run
+
+    def bmtard_step(self, spec: Spec) -> Function:
+        return FusedStep()
+
+
+PROVIDERS = [Bmtard()]
