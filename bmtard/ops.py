@@ -295,6 +295,8 @@ def multi_teacher_kl(
             wants_grad
             and weight is not None
             and divisor
+            # Its range asks for the gradient of the loss first, which a scaler makes large.
+            and first.dtype != torch.float16
             and len(students) == count
             and all(s.requires_grad for s in students)
             and not _wants_grad(tensor, weight, sample_weight, *teachers)
@@ -311,7 +313,7 @@ def multi_teacher_kl(
                 tensor, value, student_temperature, eps, coefficient,
             )  # fmt: skip
             loss = (kl * coefficient).sum()
-            return _AttachGradients.apply(op, loss, *grads, *(_rows(s) for s in students))
+            return _AttachGradients.apply(op, 1.0, loss, *grads, *map(_rows, students))
         if wants_grad:
             kl = _MultiTeacherKL.apply(
                 tensor, value, student_temperature, eps, len(students), inner,
@@ -450,19 +452,24 @@ def bmtard_loss(
     divisor = {"mean": rows * classes, "batchmean": rows, "sum": 1}[reduction]
     scale = 1.0 / divisor if divisor else math.nan  # the mean of nothing
 
+    headroom = 1.0
+    if first.dtype == torch.float16 and divisor:
+        # The gradients of a mean would be lost below its smallest number, before the gradient of
+        # the loss, which a scaler makes large, can save them. As it is, none exceeds 2^13.
+        headroom = 2.0 ** (13 + math.floor(math.log2(divisor * student_temperature)))
     wants_grad = _wants_grad(*students)
     # The op changes the state, so it stands outside of autograd; the gradients that it has
     # already computed are attached afterwards.
     loss, grads = _native.bmtard_loss(
         [s.detach() for s in students] if wants_grad else students, teachers, *state,
         update, mode == "sign", *bounds, temperature_momentum, loss_exponent,
-        student_temperature, eps, scale, tolerance, max_iterations, wants_grad,
+        student_temperature, eps, scale, scale * headroom, tolerance, max_iterations, wants_grad,
     )  # fmt: skip
     if update:
         _mark_overwritten(*state[:5], state.step, state.status)
     if not wants_grad:
         return loss
-    return _AttachGradients.apply("BMTARDLoss", loss, *grads.unbind(), *students)
+    return _AttachGradients.apply("BMTARDLoss", headroom, loss, *grads.unbind(), *students)
 
 
 def balanced_pairs(
@@ -670,11 +677,15 @@ class _MultiTeacherKL(torch.autograd.Function):
 
 
 class _AttachGradients(torch.autograd.Function):
-    """Gives a loss the gradients that were computed with it, as many as the students after them."""
+    """Gives a loss the gradients that were computed with it, as many as the students after them.
+
+    They are ``headroom`` times too large.
+    """
 
     @staticmethod
-    def forward(ctx: Any, op: str, loss: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, op: str, headroom: float, loss: Tensor, *tensors: Tensor) -> Tensor:
         ctx.op = op
+        ctx.headroom = headroom
         ctx.given_away = False
         ctx.save_for_backward(*tensors)
         return loss
@@ -684,15 +695,17 @@ class _AttachGradients(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         saved = ctx.saved_tensors
         grads = saved[: len(saved) // 2]
+        if ctx.headroom != 1.0:
+            grad = grad / ctx.headroom
         # The usual gradient of 1 costs a look, on the host or on the device, instead of a pass
         # over memory. What may be asked for again, or was given away, must stay as it is.
         if grad.is_cpu and not torch.compiler.is_compiling() and grad.item() == 1.0:
             ctx.given_away = True
         elif torch.compiler.is_compiling() or ctx.given_away or _graph_is_kept():
-            grads = [g * grad.to(g.dtype) for g in grads]
+            grads = [(g.to(grad.dtype) * grad).to(g.dtype) for g in grads]
         else:
             _native.scale_(grads, grad)
-        return (None, None, *(None,) * len(grads), *grads)
+        return (None, None, None, *(None,) * len(grads), *grads)
 
 
 # Of torch itself, which asks it before it reuses the buffers of a compiled backward.

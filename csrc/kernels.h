@@ -164,8 +164,9 @@ struct BMTARDLossArgs {
   double loss_exponent;
   double student_temperature;
   double eps;
-  double scale;      // of the sum over rows: 1/(N C) for "mean", 1/N for "batchmean", 1 for "sum"
-  double tolerance;  // of the temperature search, nats
+  double scale;  // of the sum over rows: 1/(N C) for "mean", 1/N for "batchmean", 1 for "sum"
+  double gradient_scale;  // takes its place in the gradients
+  double tolerance;       // of the temperature search, nats
   int32_t max_iterations;
   void* loss;                        // acc_t []
   void* grad_student[kMaxTeachers];  // [N, C] contiguous: d loss / d student k; null: not wanted

@@ -424,13 +424,16 @@ std::tuple<Tensors, Tensors, Tensor> multi_teacher_kl_backward(
   return {grad_students, grad_teachers, grad_temperature};
 }
 
-std::tuple<Tensor, Tensor> bmtard_loss(
-    const Tensors& student, const Tensors& teacher, const Tensor& temperatures,
-    const Tensor& weights, const Tensor& initial_losses, const Tensor& entropies,
-    const Tensor& losses, const Tensor& temperature_lr, const Tensor& weight_lr, const Tensor& step,
-    const Tensor& status, bool update, bool sign, double low, double high,
-    double temperature_momentum, double loss_exponent, double student_temperature, double eps,
-    double scale, double tolerance, int64_t max_iterations, bool wants_grad) {
+std::tuple<Tensor, Tensor> bmtard_loss(const Tensors& student, const Tensors& teacher,
+                                       const Tensor& temperatures, const Tensor& weights,
+                                       const Tensor& initial_losses, const Tensor& entropies,
+                                       const Tensor& losses, const Tensor& temperature_lr,
+                                       const Tensor& weight_lr, const Tensor& step,
+                                       const Tensor& status, bool update, bool sign, double low,
+                                       double high, double temperature_momentum,
+                                       double loss_exponent, double student_temperature, double eps,
+                                       double scale, double gradient_scale, double tolerance,
+                                       int64_t max_iterations, bool wants_grad) {
   const Pairs pairs(student, teacher);
   const Tensor& first = pairs.first();
   const int64_t count = pairs.teachers_count;
@@ -461,6 +464,7 @@ std::tuple<Tensor, Tensor> bmtard_loss(
   args.student_temperature = student_temperature;
   args.eps = eps;
   args.scale = scale;
+  args.gradient_scale = gradient_scale;
   args.tolerance = tolerance;
   args.max_iterations = static_cast<int32_t>(max_iterations);
   Tensor loss = empty<0>({}, accumulation_type(first), first);
@@ -600,7 +604,8 @@ STABLE_TORCH_LIBRARY(bmtard, m) {
       "Tensor(b!) weights, Tensor(c!) initial_losses, Tensor(d!) entropies, Tensor(e!) losses, "
       "Tensor temperature_lr, Tensor weight_lr, Tensor(f!) step, Tensor(g!) status, bool update, "
       "bool sign, float low, float high, float temperature_momentum, float loss_exponent, "
-      "float student_temperature, float eps, float scale, float tolerance, int max_iterations, "
+      "float student_temperature, float eps, float scale, float gradient_scale, float tolerance, "
+      "int max_iterations, "
       "bool wants_grad) -> (Tensor, Tensor)");
   // x_adv, grad, x [N, ...] in pixel units
   m.def(

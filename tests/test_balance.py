@@ -588,3 +588,31 @@ def test_autograd_notices_that_the_state_was_overwritten(device, path):
     criterion(logits, logits)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+@pytest.mark.parametrize("loss", ["BMTARDLoss", "multi_teacher_kl"])
+def test_float16_under_a_gradient_scaler(device, path, reduction, scale, loss):
+    """No gradient is lost below float16's smallest number before the scale reaches it, and the
+    scale itself, infinite as a float16, does not become one."""
+    shape = (64, 1000)
+    students, teachers = (
+        [randn(*shape, dtype=torch.float16, device=device, seed=side + k) for k in range(2)]
+        for side in (0, 10)
+    )
+    if reduction == "sum":
+        scale = min(scale, 256.0)
+    outcomes = []
+    for dtype in (torch.float16, torch.float64):
+        inputs = [leaf(s.to(dtype)) for s in students]
+        targets = [t.to(dtype) for t in teachers]
+        if loss == "BMTARDLoss":
+            module = BMTARDLoss(reduction=reduction, balance="sign").to(device)
+            value = module(inputs, targets)
+        else:
+            value = bmtard.multi_teacher_kl(inputs, targets, weight=[0.5, 0.5], reduction=reduction)
+        outcomes.append(torch.autograd.grad(scale * value, inputs))
+    for half, exact in zip(*outcomes, strict=True):
+        # One rounding to float16, and half of its smallest number.
+        torch.testing.assert_close(half.double(), exact, rtol=2e-3, atol=1e-7)

@@ -241,7 +241,7 @@ def registered(device, dtype):
         for update, wants_grad in ((True, True), (False, True), (True, False)):
             state = BMTARDLoss(balance="sign" if sign else "bisect").to(device).state()
             yield "bmtard_loss", (
-                s, t, *state, update, sign, 1.0, 10.0, 0.0, 1.0, 1.0, 0.0, 0.0125, 1e-6, 32,
+                s, t, *state, update, sign, 1.0, 10.0, 0.0, 1.0, 1.0, 0.0, 0.0125, 0.05, 1e-6, 32,
                 wants_grad,
             )  # fmt: skip
     for l2 in (False, True):

@@ -89,7 +89,7 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
 
   const real eps = static_cast<real>(args.eps);
   const real student_scale = static_cast<real>(1.0 / args.student_temperature);
-  const real gradient_scale = static_cast<real>(args.scale / args.student_temperature);
+  const real gradient_scale = static_cast<real>(args.gradient_scale / args.student_temperature);
   real teacher_scale[kMaxTeachers];
   for (int32_t k = 0; k < teachers; ++k) {
     teacher_scale[k] = static_cast<real>(inverse_temperature(temperatures[k]));
@@ -207,7 +207,8 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
   if (!wants_grad) return;
   if (keeps_norms) {
     for_all(2 * classes, [&](int32_t k, int64_t begin, int64_t end) {
-      const V weight = static_cast<real>(weights[k] * args.scale / args.student_temperature);
+      const V weight =
+          static_cast<real>(weights[k] * args.gradient_scale / args.student_temperature);
       for (int64_t r = begin; r < end; ++r) {
         const RowNorms<real> norms = work.norms[k * rows + r];
         const scalar* student = row_of<scalar>(args.student[k], r);

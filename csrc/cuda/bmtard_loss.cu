@@ -91,7 +91,7 @@ BMTARD_DEVICE void gradient_pass(const BMTARDLossArgs& args, int k, double tempe
   if (!args.grad_student[k]) return;
   const R inverse = static_cast<R>(1 / temperature);
   const R student_inverse = static_cast<R>(1 / args.student_temperature);
-  const R coefficient = static_cast<R>(weight * args.scale / args.student_temperature);
+  const R coefficient = static_cast<R>(weight * args.gradient_scale / args.student_temperature);
   const int64_t plane = args.teachers * args.rows;
   share.for_each([&](int64_t n) {
     const R* const from = statistics + k * args.rows + n;

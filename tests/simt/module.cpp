@@ -224,7 +224,8 @@ void bmtard_loss(std::vector<Array> students, std::vector<Array> teachers,
                  std::map<std::string, Array> state, bool update, bool sign, double low,
                  double high, double temperature_momentum, double loss_exponent,
                  double student_temperature, double eps, double scale, double tolerance,
-                 int max_iterations, Array loss, std::vector<Optional> grad_students) {
+                 std::optional<double> gradient_scale, int max_iterations, Array loss,
+                 std::vector<Optional> grad_students) {
   BMTARDLossArgs args = {};
   set_matrices(args, students, teachers);
   args.state.temperatures = static_cast<double*>(out(state.at("temperatures")));
@@ -245,6 +246,7 @@ void bmtard_loss(std::vector<Array> students, std::vector<Array> teachers,
   args.student_temperature = student_temperature;
   args.eps = eps;
   args.scale = scale;
+  args.gradient_scale = gradient_scale.value_or(scale);
   args.tolerance = tolerance;
   args.max_iterations = max_iterations;
   args.loss = out(loss);
@@ -309,8 +311,9 @@ PYBIND11_MODULE(bmtard_simt, m) {
   m.def("bmtard_loss", &bmtard_loss, py::kw_only(), py::arg("students"), py::arg("teachers"),
         py::arg("state"), py::arg("update"), py::arg("sign"), py::arg("low"), py::arg("high"),
         py::arg("temperature_momentum"), py::arg("loss_exponent"), py::arg("student_temperature"),
-        py::arg("eps"), py::arg("scale"), py::arg("tolerance"), py::arg("max_iterations"),
-        py::arg("loss"), py::arg("grad_students"));
+        py::arg("eps"), py::arg("scale"), py::arg("tolerance"),
+        py::arg("gradient_scale") = py::none(), py::arg("max_iterations"), py::arg("loss"),
+        py::arg("grad_students"));
   m.def("scale", &scale, py::kw_only(), py::arg("buffers"), py::arg("factor"));
   m.def("pgd_step", &pgd_step, py::kw_only(), py::arg("x_adv"), py::arg("grad"), py::arg("x"),
         py::arg("step_size"), py::arg("epsilon"), py::arg("low"), py::arg("high"), py::arg("l2"));
