@@ -210,8 +210,8 @@ class BMTARDLoss(_Balance):
     ``[robust_teacher(x_adv), clean_teacher(x)]``. One step computes each teacher's mean entropy
     and KL, moves the temperatures (see :class:`EntropyBalance`) and the weights (see
     :class:`NormalizationLossBalance`), and returns sum_k weight_k L_k, with the weights as
-    constants. A single kernel launch does it all on small batches, gradient included; nothing
-    is read back to the host. A step whose losses are not finite leaves the state as it was.
+    constants. On CUDA one kernel launch does it all, gradient included; nothing is read back to
+    the host. A step whose losses are not finite leaves the state as it was.
     In ``eval()`` nothing is updated.
 
     Args:
