@@ -395,3 +395,17 @@ def test_rows_in_shared_memory_or_read_again(shape, dtype):
     for outcome in outcomes[1:]:
         for a, b in zip(outcome, outcomes[0], strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_gradients_have_a_scale_of_their_own(dtype):
+    students, teachers = batch(1, 2, 9, 40, dtype)
+    arguments = put(students, dtype), put(teachers, dtype)
+    once, loss = {}, {}
+    for factor in (1, 8):
+        loss[factor], once[factor] = call(
+            *arguments, new_state(2), dtype, sign=True, scale=0.1, gradient_scale=0.1 * factor
+        )
+    assert loss[1] == loss[8]
+    for a, b in zip(once[1], once[8], strict=True):
+        np.testing.assert_array_equal(8 * a, b)

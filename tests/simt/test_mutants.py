@@ -1112,6 +1112,13 @@ LOSSES = [
         WRONG,
         **IN_KL,
     ),
+    loss(
+        "loss-scale-in-the-gradients",
+        "weight * args.gradient_scale",
+        "weight * args.scale",
+        "test_bmtard_loss.py::test_gradients_have_a_scale_of_their_own[float32]",
+        WRONG,
+    ),
 ]
 
 MUTANTS = [
