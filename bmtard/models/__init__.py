@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .cnn import SmallCNN
+from .cnn import SmallCNN, StridedCNN
 from .mobilenet import MobileNetV2
 from .resnet import ResNet, cifar_resnet, preact_resnet18, resnet18, wide_resnet
 
@@ -18,6 +18,7 @@ __all__ = [
     "Normalize",
     "ResNet",
     "SmallCNN",
+    "StridedCNN",
     "build_model",
     "check_model_name",
 ]
@@ -25,6 +26,7 @@ __all__ = [
 # pattern of the name -> builder(numbers in the name, num_classes, in_channels)
 _BUILDERS: dict[str, Callable[[list[int], int, int], nn.Module]] = {
     r"cnn-(\d+)": lambda n, classes, channels: SmallCNN(n[0], classes, channels),
+    r"strided-cnn-(\d+)": lambda n, classes, channels: StridedCNN(n[0], classes, channels),
     r"resnet-18": lambda n, classes, channels: resnet18(classes, channels),
     r"preact-resnet-18": lambda n, classes, channels: preact_resnet18(classes, channels),
     r"resnet-(20|32|44|56|110)": lambda n, classes, channels: cifar_resnet(n[0], classes, channels),
@@ -33,6 +35,7 @@ _BUILDERS: dict[str, Callable[[list[int], int, int], nn.Module]] = {
 }
 MODEL_NAMES = (
     "cnn-WIDTH",
+    "strided-cnn-WIDTH",
     "resnet-18",
     "preact-resnet-18",
     "resnet-{20,32,44,56,110}",

@@ -154,8 +154,8 @@ class TrainConfig:
     data_dir: Path | None = None
     """folder of its files; default: the environment variable BMTARD_DATA"""
     model: str = "resnet-18"
-    """cnn-WIDTH, resnet-18, preact-resnet-18, resnet-{20,32,44,56,110}, wrn-DEPTH-WIDTH or
-    mobilenet-v2"""
+    """cnn-WIDTH, strided-cnn-WIDTH, resnet-18, preact-resnet-18, resnet-{20,32,44,56,110},
+    wrn-DEPTH-WIDTH or mobilenet-v2"""
     method: MethodName = "bmtard"
     """natural and sat train teachers too; ard, rslad and adaad need a robust teacher, mtard and
     bmtard a robust and a clean one"""

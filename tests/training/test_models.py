@@ -13,6 +13,7 @@ from bmtard.models import Normalize, build_model
     [
         ("cnn-4", 10, 8, None),
         ("cnn-16", 10, 28, None),
+        ("strided-cnn-64", 10, 32, 0.38),
         ("resnet-18", 10, 32, 11.17),
         ("preact-resnet-18", 10, 32, 11.17),
         ("resnet-56", 10, 32, 0.86),
