@@ -4,30 +4,105 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from bmtard import ops, reference
+from bmtard.ops._checks import (
+    check_bounds,
+    check_eps,
+    check_floating,
+    check_logits,
+    check_positive,
+    is_number,
+)
 from bmtard.types import BalanceState, BalanceStatus, SearchStatus
 
-_MODES = ("bisect", "sign")
+# Defaults of the modules here and of the trainer.
+MODE: Final = "bisect"
+TEMPERATURE_BOUNDS = (1.0, 10.0)
+TEMPERATURE_LR = 1e-3
+TEMPERATURE_MOMENTUM = 0.0
+WEIGHT_LR = 0.025
+LOSS_EXPONENT = 1.0
+
+
+def check_settings(op: str, **settings: Any) -> None:
+    """Checks settings by name, for the modules here and for the trainer.
+
+    "mode", "bounds" and "momentum" of EntropyBalance are "balance", "temperature_bounds" and
+    "temperature_momentum" of BMTARDLoss.
+    """
+    for name, value in settings.items():
+        match name:
+            case "num_teachers":
+                whole = isinstance(value, int) and not isinstance(value, bool)
+                if not (whole and 1 <= value <= ops.MAX_TEACHERS):
+                    raise ValueError(
+                        f"{op}: num_teachers must be an integer from 1 to {ops.MAX_TEACHERS}, "
+                        f"got {value!r}"
+                    )
+            case "mode" | "balance":
+                _check_choice(op, name, value, ("bisect", "sign"))
+            case "bounds" | "temperature_bounds":
+                check_bounds(op, value, name)
+            case "temperature_lr":
+                _check_range(op, name, value, 0, math.inf)
+            case "momentum" | "temperature_momentum":
+                _check_range(op, name, value, 0, 1)
+            case "weight_lr":
+                _check_range(op, name, value, 0, 1, closed=True)
+            case "loss_exponent":
+                if not (is_number(value) and math.isfinite(value) and value > 0):
+                    raise ValueError(f"{op}: {name} must be finite and > 0, got {value!r}")
+            case "student_temperature":
+                check_positive(op, name, value)
+            case "reduction":
+                _check_choice(op, name, value, ("mean", "batchmean", "sum"))
+            case "eps":
+                check_eps(op, value)
+            case _:
+                raise KeyError(name)
+
+
+def _check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {choices}, got {value!r}")
+
+
+def _check_range(
+    op: str, name: str, value: float, low: float, high: float, *, closed: bool = False
+) -> None:
+    inside = is_number(value) and low <= value and (value < high or (closed and value == high))
+    if not inside:
+        end = "]" if closed else ")"
+        raise ValueError(f"{op}: {name} must lie in [{low}, {high}{end}, got {value!r}")
 
 
 class _Balance(nn.Module):
-    """Buffers that keep float64 whatever ``module.half()`` or ``.to(dtype)`` does.
+    """Keeps its state in float64 buffers, which ``module.half()`` and ``.to(dtype)`` leave alone.
 
     A temperature moves by 1e-3 a step from values up to 10; float32 would bias every step.
     """
+
+    step: Tensor
+    status: Tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(lambda t: _keep_dtype(t, fn(t)), recurse)
         return self
 
-    def _register(self, name: str, value: Tensor | float) -> None:
-        self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64).clone())
+    def _register(self, num_teachers: int, per_teacher: dict[str, float], **rates: float) -> None:
+        """Registers ``per_teacher`` as buffers [K], ``rates`` as 0-d, then step and status."""
+        for name, value in per_teacher.items():
+            self.register_buffer(name, torch.full((num_teachers,), value).double())
+        for name, value in rates.items():
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("status", torch.zeros((), dtype=torch.int32))
 
 
 def _keep_dtype(old: Tensor, new: Tensor) -> Tensor:
@@ -65,35 +140,31 @@ class EntropyBalance(_Balance):
     temperatures: Tensor
     entropies: Tensor
     temperature_lr: Tensor
-    step: Tensor
-    status: Tensor
 
     def __init__(
         self,
         num_teachers: int = 2,
         *,
-        mode: str = "bisect",
-        bounds: tuple[float, float] = (1.0, 10.0),
-        temperature_lr: float = 1e-3,
-        momentum: float = 0.0,
+        mode: str = MODE,
+        bounds: tuple[float, float] = TEMPERATURE_BOUNDS,
+        temperature_lr: float = TEMPERATURE_LR,
+        momentum: float = TEMPERATURE_MOMENTUM,
         eps: float = 0.0,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        op = "EntropyBalance"
-        _check_count(op, num_teachers)
-        _check_choice(op, "mode", mode, _MODES)
-        self.bounds = ops._check_bounds(op, bounds)
-        _check_range(op, "temperature_lr", temperature_lr, 0, math.inf)
-        _check_range(op, "momentum", momentum, 0, 1)
-        ops._check_eps(op, eps)
+        check_settings(
+            "EntropyBalance", num_teachers=num_teachers, mode=mode, bounds=bounds,
+            temperature_lr=temperature_lr, momentum=momentum, eps=eps,
+        )  # fmt: skip
+        self.bounds = float(bounds[0]), float(bounds[1])
         self.mode, self.momentum, self.eps = mode, momentum, eps
         self.process_group = process_group
-        self._register("temperatures", torch.full((num_teachers,), self.bounds[0]))
-        self._register("entropies", torch.zeros(num_teachers))
-        self._register("temperature_lr", temperature_lr)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("status", torch.zeros((), dtype=torch.int32))
+        self._register(
+            num_teachers,
+            {"temperatures": self.bounds[0], "entropies": 0.0},
+            temperature_lr=temperature_lr,
+        )
 
     @torch.no_grad()
     def forward(self, teacher_logits: Sequence[Tensor]) -> Tensor:
@@ -146,35 +217,32 @@ class NormalizationLossBalance(_Balance):
     initial_losses: Tensor
     losses: Tensor
     weight_lr: Tensor
-    step: Tensor
-    status: Tensor
 
     def __init__(
         self,
         num_teachers: int = 2,
         *,
-        weight_lr: float = 0.025,
-        loss_exponent: float = 1.0,
+        weight_lr: float = WEIGHT_LR,
+        loss_exponent: float = LOSS_EXPONENT,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        op = "NormalizationLossBalance"
-        _check_count(op, num_teachers)
-        _check_range(op, "weight_lr", weight_lr, 0, 1, closed=True)
-        _check_exponent(op, loss_exponent)
+        check_settings(
+            "NormalizationLossBalance", num_teachers=num_teachers,
+            weight_lr=weight_lr, loss_exponent=loss_exponent,
+        )  # fmt: skip
         self.loss_exponent = loss_exponent
         self.process_group = process_group
-        self._register("weights", torch.full((num_teachers,), 1 / num_teachers))
-        self._register("initial_losses", torch.zeros(num_teachers))
-        self._register("losses", torch.zeros(num_teachers))
-        self._register("weight_lr", weight_lr)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("status", torch.zeros((), dtype=torch.int32))
+        self._register(
+            num_teachers,
+            {"weights": 1 / num_teachers, "initial_losses": 0.0, "losses": 0.0},
+            weight_lr=weight_lr,
+        )
 
     @torch.no_grad()
     def forward(self, losses: Tensor) -> Tensor:
         op = "NormalizationLossBalance"
-        ops._check_floating(op, "losses", losses)
+        check_floating(op, "losses", losses)
         if losses.shape != self.weights.shape:
             raise ValueError(
                 f"{op}: losses must be [{len(self.weights)}], got {list(losses.shape)}"
@@ -249,48 +317,47 @@ class BMTARDLoss(_Balance):
     losses: Tensor
     temperature_lr: Tensor
     weight_lr: Tensor
-    step: Tensor
-    status: Tensor
 
     def __init__(
         self,
         num_teachers: int = 2,
         *,
-        balance: str = "bisect",
-        temperature_bounds: tuple[float, float] = (1.0, 10.0),
-        temperature_lr: float = 1e-3,
-        temperature_momentum: float = 0.0,
-        weight_lr: float = 0.025,
-        loss_exponent: float = 1.0,
+        balance: str = MODE,
+        temperature_bounds: tuple[float, float] = TEMPERATURE_BOUNDS,
+        temperature_lr: float = TEMPERATURE_LR,
+        temperature_momentum: float = TEMPERATURE_MOMENTUM,
+        weight_lr: float = WEIGHT_LR,
+        loss_exponent: float = LOSS_EXPONENT,
         student_temperature: float = 1.0,
         reduction: str = "mean",
         eps: float = 0.0,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        op = "BMTARDLoss"
-        _check_count(op, num_teachers)
-        _check_choice(op, "balance", balance, _MODES)
-        self.temperature_bounds = ops._check_bounds(op, temperature_bounds, "temperature_bounds")
-        _check_range(op, "temperature_lr", temperature_lr, 0, math.inf)
-        _check_range(op, "temperature_momentum", temperature_momentum, 0, 1)
-        _check_range(op, "weight_lr", weight_lr, 0, 1, closed=True)
-        _check_exponent(op, loss_exponent)
-        ops._check_positive(op, "student_temperature", student_temperature)
-        _check_choice(op, "reduction", reduction, ("mean", "batchmean", "sum"))
-        ops._check_eps(op, eps)
+        check_settings(
+            "BMTARDLoss", num_teachers=num_teachers, balance=balance,
+            temperature_bounds=temperature_bounds, temperature_lr=temperature_lr,
+            temperature_momentum=temperature_momentum, weight_lr=weight_lr,
+            loss_exponent=loss_exponent, student_temperature=student_temperature,
+            reduction=reduction, eps=eps,
+        )  # fmt: skip
+        self.temperature_bounds = float(temperature_bounds[0]), float(temperature_bounds[1])
         self.balance, self.reduction = balance, reduction
         self.temperature_momentum, self.loss_exponent = temperature_momentum, loss_exponent
         self.student_temperature, self.eps = student_temperature, eps
         self.process_group = process_group
-        self._register("temperatures", torch.full((num_teachers,), self.temperature_bounds[0]))
-        self._register("weights", torch.full((num_teachers,), 1 / num_teachers))
-        for name in ("initial_losses", "entropies", "losses"):
-            self._register(name, torch.zeros(num_teachers))
-        self._register("temperature_lr", temperature_lr)
-        self._register("weight_lr", weight_lr)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("status", torch.zeros((), dtype=torch.int32))
+        self._register(
+            num_teachers,
+            {
+                "temperatures": self.temperature_bounds[0],
+                "weights": 1 / num_teachers,
+                "initial_losses": 0.0,
+                "entropies": 0.0,
+                "losses": 0.0,
+            },
+            temperature_lr=temperature_lr,
+            weight_lr=weight_lr,
+        )
 
     def state(self) -> BalanceState:
         """The buffers that a step reads and writes, not copies of them."""
@@ -457,7 +524,7 @@ def _check_teachers(op: str, logits: Sequence[Tensor], temperatures: Tensor) -> 
             f"each teacher, got {came}"
         )
     for k, entry in enumerate(logits):
-        ops._check_logits(op, f"teacher_logits[{k}]", entry)
+        check_logits(op, f"teacher_logits[{k}]", entry)
         if entry.device != temperatures.device:
             raise ValueError(
                 f"{op}: teacher_logits[{k}] must be on the module's device, "
@@ -465,31 +532,3 @@ def _check_teachers(op: str, logits: Sequence[Tensor], temperatures: Tensor) -> 
             )
         ops.check_constant(op, k, entry)
     return list(logits)
-
-
-def _check_count(op: str, num_teachers: int) -> None:
-    whole = isinstance(num_teachers, int) and not isinstance(num_teachers, bool)
-    if not (whole and 1 <= num_teachers <= ops.MAX_TEACHERS):
-        raise ValueError(
-            f"{op}: num_teachers must be an integer from 1 to {ops.MAX_TEACHERS}, "
-            f"got {num_teachers!r}"
-        )
-
-
-def _check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{op}: {name} must be one of {choices}, got {value!r}")
-
-
-def _check_range(
-    op: str, name: str, value: float, low: float, high: float, *, closed: bool = False
-) -> None:
-    inside = ops._is_number(value) and low <= value and (value < high or (closed and value == high))
-    if not inside:
-        end = "]" if closed else ")"
-        raise ValueError(f"{op}: {name} must lie in [{low}, {high}{end}, got {value!r}")
-
-
-def _check_exponent(op: str, value: float) -> None:
-    if not (ops._is_number(value) and math.isfinite(value) and value > 0):
-        raise ValueError(f"{op}: loss_exponent must be finite and > 0, got {value!r}")

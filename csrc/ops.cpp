@@ -1,5 +1,5 @@
 // Schemas, the checks that memory safety needs, and dispatch to the launchers. Contracts with
-// helpful errors are in bmtard/ops.py. Stable ABI only: one library serves every torch >= 2.10.
+// helpful errors are in bmtard/ops. Stable ABI only: one library serves every torch >= 2.10.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

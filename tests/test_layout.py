@@ -1,6 +1,6 @@
 """The dependency rules of the source tree, checked on every file, and each shown able to fail.
 
-core <- cpu, cuda <- ops.cpp; _library <- ops.py <- everything else; kernels know no torch.
+core <- cpu, cuda <- ops.cpp; _library <- ops/ <- everything else; kernels know no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import those of its own row and of the rows above it.
 LAYERS = [
     {"types", "_library", "extras"},
-    {"reference", "_fakes"},
+    {"reference"},
     {"ops"},
     {"balance", "losses", "attacks", "dropin"},
     {"models", "data"},
@@ -95,7 +95,7 @@ def in_package(path: PurePosixPath) -> PurePosixPath:
 
 
 def module_of(path: PurePosixPath) -> str:
-    """bmtard/ops.py -> ops; bmtard/training/run.py -> training."""
+    """bmtard/balance.py -> balance; bmtard/ops/pgd_step.py -> ops."""
     return PurePosixPath(path.parts[1]).stem
 
 
@@ -129,9 +129,7 @@ def core_needs_torch_and_numpy_only(path: PurePosixPath, text: str) -> Iterator[
     """What `import bmtard` and `bmtard bench` load imports the standard library, torch and numpy
     at its top."""
     path = in_package(path)
-    if path.parts[:2] == ("bmtard", "benchmarks") or (
-        path.match("bmtard/*.py") and module_of(path) in CORE_MODULES
-    ):
+    if path.parts[0] == "bmtard" and module_of(path) in CORE_MODULES | {"benchmarks"}:
         for name in imports(path, ast.parse(text).body):
             if name.split(".")[0] not in RUNTIME:
                 yield f"imports {name}"
@@ -180,8 +178,8 @@ RULES: list[tuple[Rule, tuple[str, str], tuple[str, str]]] = [
     ),
     (
         imports_point_down,
-        ("bmtard/ops.py", "from bmtard.balance import BMTARDLoss"),
-        ("bmtard/ops.py", "from bmtard import _library, reference"),
+        ("bmtard/ops/a.py", "from bmtard.balance import BMTARDLoss"),
+        ("bmtard/ops/a.py", "from bmtard import _library, reference\nfrom . import _checks"),
     ),
     (
         imports_point_down,
@@ -195,7 +193,7 @@ RULES: list[tuple[Rule, tuple[str, str], tuple[str, str]]] = [
     ),
     (
         imports_point_down,
-        ("bmtard/ops.py", "from bmtard.benchmarks import spec"),
+        ("bmtard/ops/a.py", "from bmtard.benchmarks import spec"),
         ("benchmarks/ops/a.py", "from bmtard.training import report\nfrom ..spec import Op"),
     ),
     (
@@ -210,7 +208,7 @@ RULES: list[tuple[Rule, tuple[str, str], tuple[str, str]]] = [
     ),
     (
         core_needs_torch_and_numpy_only,
-        ("bmtard/ops.py", "import scipy.stats"),
+        ("bmtard/ops/a.py", "import scipy.stats"),
         ("bmtard/losses.py", "import math, torch\ndef f():\n  import matplotlib"),
     ),
     (
@@ -232,7 +230,7 @@ def tracked_files() -> list[str]:
 def test_tree_keeps(rule):
     names = tracked_files()
     assert "csrc/kernels.h" in names
-    assert "bmtard/ops.py" in names
+    assert "bmtard/ops/pgd_step.py" in names
     broken = [
         f"{name}: {problem}"
         for name in names
@@ -252,13 +250,12 @@ def schema_names(text: str) -> set[str]:
 
 
 def test_every_op_is_wrapped():
-    """An op of the schema is called in bmtard/ops.py and has a fake kernel in bmtard/_fakes.py."""
+    """Every op of the schema is called and has a fake kernel in bmtard/ops."""
     assert schema_names('m.def("a(Tensor x) -> Tensor");\n  m.def(\n"b_(') == {"a", "b_"}
     ops = set().union(*(schema_names(path.read_text()) for path in ROOT.glob("csrc/ops*.cpp")))
-    python = (ROOT / "bmtard" / "ops.py").read_text()
-    assert ops == set(re.findall(r"_native\.(\w+)\(", python))
-    fakes = (ROOT / "bmtard" / "_fakes.py").read_text()
-    assert ops == set(re.findall(r'@register_fake\("bmtard::(\w+)"\)', fakes))
+    python = "\n".join(path.read_text() for path in ROOT.glob("bmtard/ops/*.py"))
+    assert ops == set(re.findall(r"\bnative\.(\w+)\(", python))
+    assert ops == set(re.findall(r'@register_fake\("(\w+)"\)', python))
 
 
 def test_installed_version_is_the_one_in_pyproject():

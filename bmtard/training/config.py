@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from bmtard import balance
 from bmtard.data import LOADERS
 from bmtard.models import check_model_name
 
@@ -120,29 +121,25 @@ class LossConfig:
 class BalanceConfig:
     """The balance between the teachers of bmtard; weight_lr and eps are also those of mtard."""
 
-    mode: Literal["bisect", "sign"] = "bisect"
+    mode: Literal["bisect", "sign"] = balance.MODE
     """the temperatures of equal entropy in every step, or the published fixed steps"""
-    temperature_bounds: tuple[float, float] = (1.0, 10.0)
+    temperature_bounds: tuple[float, float] = balance.TEMPERATURE_BOUNDS
     """lowest and highest temperature"""
-    temperature_lr: float = 1e-3
+    temperature_lr: float = balance.TEMPERATURE_LR
     """of "sign": change in a step; the published run has about 117,000 steps"""
-    temperature_momentum: float = 0.0
+    temperature_momentum: float = balance.TEMPERATURE_MOMENTUM
     """of "bisect": in log space, in [0, 1)"""
-    weight_lr: float = 0.025
+    weight_lr: float = balance.WEIGHT_LR
     """of the loss weights, in [0, 1]"""
-    loss_exponent: float = 1.0
+    loss_exponent: float = balance.LOSS_EXPONENT
     """of the relative losses"""
     eps: float = 1e-5
     """inside log(p + eps), p of the teachers"""
 
     def __post_init__(self) -> None:
-        low, high = self.temperature_bounds
-        require(self, "temperature_bounds", 0 < low < high < math.inf, "0 < lowest < highest")
-        require(self, "temperature_lr", 0 <= self.temperature_lr < math.inf, "finite and >= 0")
-        require(self, "temperature_momentum", 0 <= self.temperature_momentum < 1, "in [0, 1)")
-        require(self, "weight_lr", 0 <= self.weight_lr <= 1, "in [0, 1]")
-        require(self, "loss_exponent", 0 < self.loss_exponent < math.inf, "finite and > 0")
-        require(self, "eps", 0 <= self.eps < 1, "in [0, 1)")
+        settings = {item.name: getattr(self, item.name) for item in fields(self)}
+        balance.check_settings("BalanceConfig", **settings)
+        require(self, "eps", self.eps < 1, "in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,187 @@
+"""What the ops share after their checks: the compiled ops, the choice of path, autograd.
+
+The autograd functions wrap the compiled ops in Python, because the stable ABI has no autograd. A
+Python ``autograd.Function`` costs less per call than autograd registered with the dispatcher.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bmtard import _library
+
+
+class _Native:
+    """The compiled ops as overloads. A packet would search its overloads in every call."""
+
+    def __init__(self) -> None:
+        for name in (
+            "softmax_entropy", "softmax_entropy_backward", "bisect_temperature",
+            "multi_teacher_kl", "multi_teacher_kl_with_gradients", "multi_teacher_kl_backward",
+            "bmtard_loss", "pgd_step_", "scale_",
+        ):  # fmt: skip
+            setattr(self, name, getattr(torch.ops.bmtard, name).default)
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"bmtard's compiled op {name} is not loaded")
+
+
+native: Any = _Native() if _library.NATIVE else None
+
+
+def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a fake kernel, which torch.compile and meta tensors call for shapes and dtypes.
+
+    Its arguments are those of the schema in csrc/ops.cpp. Without the library, it does nothing.
+    """
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        # Called from this file alone: torch searches all modules for each new file that calls it.
+        return torch.library.register_fake(f"bmtard::{name}")(fake) if _library.NATIVE else fake
+
+    return register
+
+
+def fake_rows(logits: Tensor) -> int:
+    """N of fake logits [N, C]."""
+    torch._check(logits.dim() == 2, lambda: f"expected [N, C], got {logits.dim()}-d")
+    return logits.shape[0]
+
+
+_warned: set[str] = set()
+
+
+def use_native(tensor: Tensor) -> bool:
+    """Whether there are compiled kernels for the tensor's device; warns once if not."""
+    if not _library.NATIVE:
+        return False
+    if tensor.is_cpu or (tensor.is_cuda and _library.has_cuda()):
+        return True
+    kind = tensor.device.type
+    if kind not in _warned and not torch.compiler.is_compiling():
+        _warned.add(kind)
+        warnings.warn(
+            f"bmtard has no compiled kernels for device '{kind}' here; "
+            "using the slower plain-torch path",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return False
+
+
+def split(temperature: float | Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float]:
+    """The two arguments that a compiled op takes for a temperature; a tensor has precedence."""
+    if isinstance(temperature, Tensor):
+        return temperature.to(dtype), 0.0
+    return None, float(temperature)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd must record an op on ``tensors``."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def mark_overwritten(*tensors: Tensor) -> None:
+    """Tells autograd that an op overwrote ``tensors``, so that it refuses stale saved values."""
+    if not (torch.compiler.is_compiling() or tensors[0].is_inference()):
+        torch.autograd.graph.increment_version(tensors)
+
+
+def rows_of(logits: Tensor) -> Tensor:
+    """[..., C] -> [N, C]."""
+    return logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+
+
+def flat(tensor: Tensor | None) -> Tensor | None:
+    """[...] -> [N]; a 0-d tensor stays 0-d."""
+    return tensor if tensor is None or tensor.dim() < 2 else tensor.flatten()
+
+
+def once_differentiable(op: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates a ``backward``: a second derivative raises, and names ``op`` or ``ctx.op``.
+
+    torch's decorator of the same name raises a RuntimeError, and switches the grad mode even when
+    nobody wants a graph of the gradients.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, *grad_outputs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grad_outputs)
+            with torch.no_grad():
+                grads = backward(ctx, *grad_outputs)
+            sources = (*grad_outputs, *ctx.saved_tensors)
+            return NoDoubleBackward.apply(op or ctx.op, len(grads), *grads, *sources)
+
+        return wrapper
+
+    return decorate
+
+
+class NoDoubleBackward(torch.autograd.Function):
+    """Returns the first ``count`` tensors; the rest are what these depend on. Backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, count: int, *tensors: Tensor | None) -> Any:
+        ctx.op = op
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise NotImplementedError(f"bmtard.{ctx.op} has no double backward")
+
+
+class AttachGradients(torch.autograd.Function):
+    """Gives a loss its gradients, which the op computed together with it.
+
+    ``tensors`` are the K gradients and then the K students. The gradients are ``headroom`` times
+    too large.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, op: str, headroom: float, loss: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.op = op
+        ctx.headroom = headroom
+        ctx.given_away = False
+        ctx.save_for_backward(*tensors)
+        return loss
+
+    @staticmethod
+    @once_differentiable()
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        saved = ctx.saved_tensors
+        grads = saved[: len(saved) // 2]
+        if ctx.headroom != 1.0:
+            grad = grad / ctx.headroom
+        # A gradient of 1 is the usual case: the CPU path looks at it here, the CUDA kernel on the
+        # device, and neither passes over memory then. The buffers may be scaled in place only if
+        # no later backward needs them and no earlier one returned them.
+        if grad.is_cpu and not torch.compiler.is_compiling() and grad.item() == 1.0:
+            ctx.given_away = True
+        elif torch.compiler.is_compiling() or ctx.given_away or _graph_is_kept():
+            grads = [(g.to(grad.dtype) * grad).to(g.dtype) for g in grads]
+        else:
+            native.scale_(grads, grad)
+        return (None, None, None, *(None,) * len(grads), *grads)
+
+
+# Private to torch, which uses it to decide whether a compiled backward may reuse its buffers.
+_graph_is_kept: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
+
+
+@register_fake("scale_")
+def _(buffers: Sequence[Tensor], factor: Tensor) -> None:
+    torch._check(factor.numel() == 1, lambda: "expected one factor")

@@ -1,0 +1,115 @@
+"""One step of the balanced loss: contract, autograd, fake kernel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bmtard.ops._checks import check_pair
+from bmtard.ops._dispatch import (
+    AttachGradients,
+    fake_rows,
+    mark_overwritten,
+    native,
+    register_fake,
+    rows_of,
+    wants_gradient,
+)
+from bmtard.reference import accumulation_dtype
+from bmtard.types import BalanceState
+
+
+def bmtard_loss(
+    student_logits: Sequence[Tensor],
+    teacher_logits: Sequence[Tensor],
+    state: BalanceState,
+    *,
+    update: bool,
+    mode: str,
+    bounds: tuple[float, float],
+    temperature_momentum: float,
+    loss_exponent: float,
+    student_temperature: float,
+    eps: float,
+    reduction: str,
+    tolerance: float = 1e-6,
+    max_iterations: int = 32,
+) -> Tensor:
+    """One step of the balanced loss in one native op, on the buffers of :class:`BMTARDLoss`.
+
+    Both sequences hold K tensors [..., C]. Updates ``state`` in place where ``update``. Returns
+    the 0-d loss, differentiable once in the student logits.
+    """
+    students, teachers = balanced_pairs(student_logits, teacher_logits, state.weights)
+    first = students[0]
+    if first.dim() != 2:
+        students, teachers = [rows_of(s) for s in students], [rows_of(t) for t in teachers]
+    rows, classes = students[0].shape
+    divisor = {"mean": rows * classes, "batchmean": rows, "sum": 1}[reduction]
+    scale = 1.0 / divisor if divisor else math.nan  # the mean of nothing
+
+    headroom = 1.0
+    if first.dtype == torch.float16 and divisor:
+        # The gradients of a mean would underflow before they meet the large factor of a grad
+        # scaler. So the op returns them larger: none exceeds 2^13.
+        headroom = 2.0 ** (13 + math.floor(math.log2(divisor * student_temperature)))
+    wants_grad = wants_gradient(*students)
+    # The op changes the state, so it runs outside of autograd. It returns the gradients with the
+    # loss; AttachGradients hands them to autograd.
+    loss, grads = native.bmtard_loss(
+        [s.detach() for s in students] if wants_grad else students, teachers, *state,
+        update, mode == "sign", *bounds, temperature_momentum, loss_exponent,
+        student_temperature, eps, scale, scale * headroom, tolerance, max_iterations, wants_grad,
+    )  # fmt: skip
+    if update:
+        mark_overwritten(*state[:5], state.step, state.status)
+    if not wants_grad:
+        return loss
+    return AttachGradients.apply("BMTARDLoss", headroom, loss, *grads.unbind(), *students)
+
+
+def balanced_pairs(
+    student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], weights: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Checks the inputs of :class:`BMTARDLoss` and returns both as lists of K tensors."""
+    op, count = "BMTARDLoss", weights.numel()
+    students, teachers = check_pair(op, student_logits, teacher_logits)
+    for name, side in (("student_logits", students), ("teacher_logits", teachers)):
+        if len(side) != count:
+            raise ValueError(
+                f"{op}: {name} must be a sequence of {count} tensors, one for each teacher, "
+                f"got {len(side)}"
+            )
+    if torch.is_grad_enabled():
+        for k, logits in enumerate(teachers):
+            check_constant(op, k, logits)
+    if weights.device != students[0].device:
+        raise ValueError(
+            f"{op}: the module's state must be on the device of student_logits, "
+            f"{students[0].device}, got {weights.device}; move the module with .to()"
+        )
+    return students, teachers
+
+
+def check_constant(op: str, k: int, teacher_logits: Tensor) -> None:
+    """Refuses logits of teacher ``k`` that require a gradient: the balance gives them none."""
+    if teacher_logits.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: teacher_logits[{k}] requires grad, but the balance treats the teachers as "
+            "constants; run them under torch.no_grad() or pass .detach()"
+        )
+
+
+@register_fake("bmtard_loss")
+def _(students: Sequence[Tensor], teachers: Sequence[Tensor], *rest: Any) -> Any:
+    n, c = fake_rows(students[0]), students[0].shape[1]
+    wants_grad = rest[-1]
+    acc = accumulation_dtype(students[0].dtype)
+    return (
+        students[0].new_empty((), dtype=acc),
+        students[0].new_empty((len(students) if wants_grad else 0, n, c)),
+    )

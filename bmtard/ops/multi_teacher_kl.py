@@ -1,0 +1,313 @@
+"""Divergence of several teachers from a student: contract, autograd, fake kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bmtard import reference
+from bmtard.ops._checks import (
+    check_companion,
+    check_eps,
+    check_pair,
+    check_positive,
+    is_number,
+)
+from bmtard.ops._dispatch import (
+    AttachGradients,
+    fake_rows,
+    native,
+    once_differentiable,
+    register_fake,
+    rows_of,
+    split,
+    use_native,
+    wants_gradient,
+)
+from bmtard.reference import accumulation_dtype
+
+_REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+
+def multi_teacher_kl(
+    student_logits: Tensor | Sequence[Tensor],
+    teacher_logits: Tensor | Sequence[Tensor],
+    temperature: float | Tensor = 1.0,
+    *,
+    student_temperature: float = 1.0,
+    weight: Tensor | Sequence[float] | None = None,
+    sample_weight: Tensor | None = None,
+    reduction: str = "batchmean",
+    scale_by_temperature: bool = False,
+    eps: float = 0.0,
+) -> Tensor:
+    """KL of K teachers to a student, L_k = KL(p_k || q_k), computed from the logits.
+
+    p_k = softmax(teacher_logits[k] / temperature_k) and
+    q_k = softmax(student_logits[k] / student_temperature). Equivalent, for one teacher, to
+    ``F.kl_div(log_softmax(student / student_temperature), softmax(teacher / temperature))``, but
+    never NaN for a target probability of 0, and finite for any finite logits.
+
+    Args:
+        student_logits: [..., C], or a sequence of K: entry k is compared with teacher k.
+        teacher_logits: [..., C], or a sequence of K. A single tensor serves all of the other.
+        temperature: of the teachers, > 0: a float, a 0-d tensor or [K]. The values of a tensor
+            are not read on the host.
+        student_temperature: > 0.
+        weight: [K]; the result is then sum_k weight_k L_k.
+        sample_weight: one factor for each row: of the rows' shape, or [K, *rows].
+        reduction: "none" keeps the rows; "sum" adds them; "batchmean" divides the sum by the
+            number of rows N; "mean" divides it by N * C, as the published B-MTARD, ARD and RSLAD
+            code does.
+        scale_by_temperature: multiplies L_k by temperature_k ** 2.
+        eps: inside log(p + eps); the published B-MTARD code has 1e-5.
+
+    Returns:
+        [K] ([K, *rows] with "none"), or with ``weight`` a 0-d tensor ([*rows] with "none"), in
+        nats; float64 for float64 logits, else float32. Differentiable once, in whichever of
+        student, teacher, temperature, weight and sample_weight require it. Logits of different
+        dtypes are promoted to a common one; each gradient has the dtype of its tensor.
+
+    Raises:
+        TypeError: another dtype. ValueError: shapes, devices or numbers that do not fit.
+    """
+    op = "multi_teacher_kl"
+    students, teachers = check_pair(op, student_logits, teacher_logits)
+    count, first = max(len(students), len(teachers)), students[0]
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {_REDUCTIONS}, got {reduction!r}")
+    if isinstance(temperature, Tensor):
+        check_companion(op, "temperature", temperature, first)
+        if temperature.shape not in (torch.Size(()), torch.Size((count,))):
+            raise ValueError(
+                f"{op}: temperature must be a float, 0-d or [{count}] for {count} teachers, "
+                f"got {list(temperature.shape)}"
+            )
+    else:
+        check_positive(op, "temperature", temperature)
+    check_positive(op, "student_temperature", student_temperature)
+    check_eps(op, eps)
+    rows_shape = first.shape[:-1]
+    if weight is not None:
+        if not isinstance(weight, Tensor):
+            if not (isinstance(weight, (list, tuple)) and all(map(is_number, weight))):
+                raise TypeError(
+                    f"{op}: weight must be a tensor or a sequence of numbers, got {weight!r}"
+                )
+            weight = torch.tensor(
+                weight, dtype=accumulation_dtype(first.dtype), device=first.device
+            )
+        check_companion(op, "weight", weight, first)
+        if weight.shape != (count,):
+            raise ValueError(
+                f"{op}: weight must be [{count}] for {count} teachers, got {list(weight.shape)}"
+            )
+    if sample_weight is not None:
+        if not isinstance(sample_weight, Tensor):
+            raise TypeError(
+                f"{op}: sample_weight must be a tensor, got {type(sample_weight).__name__}"
+            )
+        check_companion(op, "sample_weight", sample_weight, first)
+        if sample_weight.shape not in (rows_shape, (count, *rows_shape)):
+            raise ValueError(
+                f"{op}: sample_weight must be {list(rows_shape)} or {[count, *rows_shape]}, "
+                f"got {list(sample_weight.shape)}"
+            )
+
+    dtype = accumulation_dtype(first.dtype)
+    divisor = None  # of the sum over the rows; None means no sum
+    if reduction != "none":
+        classes = first.shape[-1]
+        rows = first.numel() // classes
+        divisor = {"sum": 1, "batchmean": rows, "mean": rows * classes}[reduction]
+    # Without sample weights, the autograd function of the op divides and adds as well.
+    inner = divisor if sample_weight is None else None
+    if not use_native(first):
+        kl = reference.multi_teacher_kl(
+            students if len(students) == count else students * count,
+            teachers if len(teachers) == count else teachers * count,
+            temperature,
+            student_temperature=student_temperature,
+            eps=eps,
+        )
+        if inner is not None:
+            kl = _reduced(kl.flatten(1), inner)
+    else:
+        tensor, value = split(temperature, torch.float64)
+        wants_grad = wants_gradient(tensor, *students, *teachers)
+        if (
+            wants_grad
+            and weight is not None
+            and divisor
+            # A float16 gradient may underflow before it meets the large factor of a grad scaler.
+            and first.dtype != torch.float16
+            and len(students) == count
+            and all(s.requires_grad for s in students)
+            and not wants_gradient(tensor, weight, sample_weight, *teachers)
+        ):
+            # The gradients depend on nothing else, so the same launch computes them.
+            coefficient = weight.to(dtype) / divisor
+            if scale_by_temperature:
+                coefficient = coefficient * (temperature * temperature)
+            coefficient = coefficient.to(dtype).view(count, 1).expand(count, rows)
+            if sample_weight is not None:
+                coefficient = coefficient * sample_weight.to(dtype).view(-1, rows)
+            kl, grads = native.multi_teacher_kl_with_gradients(
+                [rows_of(s.detach()) for s in students], [rows_of(t) for t in teachers],
+                tensor, value, student_temperature, eps, coefficient,
+            )  # fmt: skip
+            loss = (kl * coefficient).sum()
+            return AttachGradients.apply(op, 1.0, loss, *grads, *map(rows_of, students))
+        if wants_grad:
+            kl = _MultiTeacherKL.apply(
+                tensor, value, student_temperature, eps, len(students), inner,
+                *students, *teachers,
+            )  # fmt: skip
+        else:
+            kl = native.multi_teacher_kl(
+                [rows_of(s) for s in students], [rows_of(t) for t in teachers],
+                tensor, value, student_temperature, eps, False,
+            )[0]  # fmt: skip
+            if inner is not None:
+                kl = _reduced(kl, inner)
+            elif first.dim() != 2:
+                kl = kl.view(count, *rows_shape)
+
+    if sample_weight is not None:
+        kl = kl * sample_weight.to(dtype)
+        if divisor is not None:
+            kl = _reduced(kl.flatten(1), divisor)
+    if scale_by_temperature:
+        squared = temperature * temperature
+        if isinstance(squared, Tensor):
+            squared = squared.to(dtype)
+            if squared.dim():
+                squared = squared.view(count, *(1,) * (kl.dim() - 1))
+        kl = kl * squared
+    if weight is not None:
+        # Not tensordot: autocast would run it in a half type.
+        kl = (weight.to(dtype).view(count, *(1,) * (kl.dim() - 1)) * kl).sum(0)
+    return kl
+
+
+def _reduced(kl: Tensor, divisor: int) -> Tensor:
+    """[K, N] -> [K]: the sum over the rows, divided. The mean of no rows is 0 / 0 = NaN."""
+    total = kl.sum(1)
+    return total if divisor == 1 else total / divisor
+
+
+class _MultiTeacherKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        temperature: Tensor | None,
+        value: float,
+        student_temperature: float,
+        eps: float,
+        num_students: int,
+        divisor: int | None,
+        *logits: Tensor,
+    ) -> Tensor:
+        rows = [rows_of(x) for x in logits]
+        kl, statistics = native.multi_teacher_kl(
+            rows[:num_students], rows[num_students:],
+            temperature, value, student_temperature, eps, True,
+        )  # fmt: skip
+        ctx.options = (value, student_temperature, eps)
+        ctx.num_students, ctx.divisor = num_students, divisor
+        ctx.save_for_backward(temperature, statistics, *logits)
+        if divisor is not None:
+            return _reduced(kl, divisor)
+        return kl if logits[0].dim() == 2 else kl.view(kl.shape[0], *logits[0].shape[:-1])
+
+    @staticmethod
+    @once_differentiable("multi_teacher_kl")
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        temperature, statistics, *logits = ctx.saved_tensors
+        wants_temperature, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
+        n = ctx.num_students
+        rows = [rows_of(x) for x in logits]
+        if ctx.divisor is None:
+            grad = grad.flatten(1)
+        else:
+            grad = grad if ctx.divisor == 1 else grad / ctx.divisor
+            grad = grad.unsqueeze(1).expand(-1, rows[0].shape[0])
+        grad_students, grad_teachers, grad_temperature = native.multi_teacher_kl_backward(
+            grad, rows[:n], rows[n:], temperature, *ctx.options, statistics,
+            _mask(wants[:n]), _mask(wants[n:]), wants_temperature,
+        )  # fmt: skip
+        computed = iter([*grad_students, *grad_teachers])
+        grad_logits = [
+            next(computed).view(x.shape) if wanted else None
+            for x, wanted in zip(logits, wants, strict=True)
+        ]
+        if not wants_temperature:
+            grad_temperature = None
+        else:
+            grad_temperature = grad_temperature.sum(1).to(temperature.dtype)
+            if temperature.dim() == 0:
+                grad_temperature = grad_temperature.sum()
+        return (grad_temperature, None, None, None, None, None, *grad_logits)
+
+
+def _mask(wanted: Sequence[bool]) -> int:
+    """The flags as bits: bit k is entry k."""
+    return sum(1 << k for k, one in enumerate(wanted) if one)
+
+
+@register_fake("multi_teacher_kl")
+def _(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    temperature: Tensor | None,
+    value: float,
+    student_temperature: float,
+    eps: float,
+    with_statistics: bool,
+) -> Any:
+    n, acc = fake_rows(students[0]), accumulation_dtype(students[0].dtype)
+    k = max(len(students), len(teachers))
+    kl = students[0].new_empty((k, n), dtype=acc)
+    return kl, kl.new_empty((5, k, n) if with_statistics else (0,))
+
+
+@register_fake("multi_teacher_kl_with_gradients")
+def _(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    temperature: Tensor | None,
+    value: float,
+    student_temperature: float,
+    eps: float,
+    coefficient: Tensor,
+) -> Any:
+    n, c = fake_rows(students[0]), students[0].shape[1]
+    acc = accumulation_dtype(students[0].dtype)
+    kl = students[0].new_empty((len(students), n), dtype=acc)
+    return kl, [students[0].new_empty((n, c)) for _ in students]
+
+
+@register_fake("multi_teacher_kl_backward")
+def _(
+    grad: Tensor,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    temperature: Tensor | None,
+    value: float,
+    student_temperature: float,
+    eps: float,
+    statistics: Tensor,
+    wants_students: int,
+    wants_teachers: int,
+    wants_temperature: bool,
+) -> Any:
+    n, c = fake_rows(students[0]), students[0].shape[1]
+    k = max(len(students), len(teachers))
+    return (
+        [students[0].new_empty((n, c)) for _ in range(wants_students.bit_count())],
+        [teachers[0].new_empty((n, c)) for _ in range(wants_teachers.bit_count())],
+        grad.new_empty((k, n) if wants_temperature else (0, n)),
+    )

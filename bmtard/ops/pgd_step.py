@@ -1,0 +1,103 @@
+"""One step of projected gradient ascent: contract, fake kernel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bmtard import reference
+from bmtard.ops._checks import check_floating, is_number, same_kind, two_numbers
+from bmtard.ops._dispatch import mark_overwritten, native, register_fake, use_native
+
+
+def pgd_step_(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    *,
+    step_size: float,
+    epsilon: float,
+    bounds: tuple[float, float] | None = (0.0, 1.0),
+    norm: str = "linf",
+) -> Tensor:
+    """One step of projected gradient ascent, in place and in one pass over memory.
+
+    "linf": x_adv + step_size * sign(grad), clipped to [x - epsilon, x + epsilon], then to bounds.
+    "l2": x_adv + step_size * grad / ||grad||, its distance from x scaled down to at most epsilon,
+    then clipped to bounds; norms are per sample. A gradient of norm 0, NaN or infinity moves
+    nothing. Equivalent, for "linf", to
+    ``min(max(x_adv + step_size * grad.sign(), x - epsilon), x + epsilon).clamp(*bounds)``.
+
+    Args:
+        x_adv: [N, ...], overwritten; any dense or strided layout.
+        grad: the gradient of the attacked loss by ``x_adv``, same shape.
+        x: the clean images, same shape.
+        step_size, epsilon: in pixel units (8/255 where an image lies in [0, 1]), >= 0.
+        bounds: (lowest, highest) pixel value, or None.
+        norm: "linf" or "l2".
+
+    Returns:
+        ``x_adv``. Not differentiable: x_adv must not require grad while grad mode is on.
+
+    Raises:
+        TypeError: not a floating-point tensor. ValueError: shapes, devices or numbers that do
+        not fit.
+
+    Source: Madry et al., ICLR 2018. Arithmetic is float32 for half types, rounded once at the end.
+    """
+    op = "pgd_step_"
+    if not same_kind(x_adv, (x_adv, grad, x)) or x_adv.dim() == 0:
+        for name, tensor in (("x_adv", x_adv), ("grad", grad), ("x", x)):
+            check_floating(op, name, tensor)
+            if tensor.shape != x_adv.shape or tensor.dim() == 0:
+                raise ValueError(
+                    f"{op}: {name} must have the shape of x_adv, [N, ...], here "
+                    f"{list(x_adv.shape)}, got {list(tensor.shape)}"
+                )
+            if tensor.device != x_adv.device:
+                raise ValueError(
+                    f"{op}: {name} must be on the device of x_adv, {x_adv.device}, "
+                    f"got {tensor.device}"
+                )
+    if x_adv.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: x_adv requires grad, so it cannot be overwritten here; "
+            "call it under torch.no_grad() or pass x_adv.detach()"
+        )
+    for name, value in (("step_size", step_size), ("epsilon", epsilon)):
+        if not (is_number(value) and math.isfinite(value) and value >= 0):
+            raise ValueError(f"{op}: {name} must be finite and >= 0, got {value}")
+    low, high = (-math.inf, math.inf) if bounds is None else two_numbers(op, "bounds", bounds)
+    if not low <= high:
+        raise ValueError(f"{op}: bounds must be (lowest, highest), got {bounds}")
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"{op}: norm must be 'linf' or 'l2', got {norm!r}")
+
+    if torch.is_grad_enabled():
+        grad, x = grad.detach(), x.detach()
+    if not use_native(x_adv):
+        return reference.pgd_step_(
+            x_adv, grad, x,
+            step_size=step_size, epsilon=epsilon, low=low, high=high, norm=norm,
+        )  # fmt: skip
+    if not grad.dtype == x.dtype == x_adv.dtype:
+        grad, x = grad.to(x_adv.dtype), x.to(x_adv.dtype)
+    native.pgd_step_(x_adv, grad, x, step_size, epsilon, low, high, norm == "l2")
+    mark_overwritten(x_adv)
+    return x_adv
+
+
+@register_fake("pgd_step_")
+def _(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    step_size: float,
+    epsilon: float,
+    low: float,
+    high: float,
+    l2: bool,
+) -> None:
+    torch._check(x_adv.shape == grad.shape == x.shape, lambda: "expected equal shapes")
