@@ -98,7 +98,7 @@ class _Balance(nn.Module):
     def _register(self, num_teachers: int, per_teacher: dict[str, float], **rates: float) -> None:
         """Registers ``per_teacher`` as buffers [K], ``rates`` as 0-d, then step and status."""
         for name, value in per_teacher.items():
-            self.register_buffer(name, torch.full((num_teachers,), value).double())
+            self.register_buffer(name, torch.full((num_teachers,), value, dtype=torch.float64))
         for name, value in rates.items():
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))

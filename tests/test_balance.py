@@ -74,6 +74,12 @@ def test_loss_weights_match_numpy(device, weight_lr, exponent, teachers):
         assert balance.step == step + 1
 
 
+def test_start_is_not_rounded_to_float32():
+    module = BMTARDLoss(3, temperature_bounds=(1.1, 10.0))
+    assert module.temperatures.tolist() == [1.1] * 3
+    assert module.weights.tolist() == [1 / 3] * 3
+
+
 def test_weights_set_by_hand_return_to_sum_one(device, path):
     balance, loss = NormalizationLossBalance(weight_lr=0.5).to(device), BMTARDLoss().to(device)
     for module in (balance, loss):
