@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bmtard.extras import import_object, is_object_name
 
 from .cnn import SmallCNN, StridedCNN
 from .mobilenet import MobileNetV2
-from .resnet import ResNet, cifar_resnet, preact_resnet18, resnet18, wide_resnet
+from .resnet import ResNet, cifar_resnet, preact_resnet, resnet, wide_resnet
 
 __all__ = [
     "MODEL_NAMES",
@@ -20,6 +24,7 @@ __all__ = [
     "SmallCNN",
     "StridedCNN",
     "build_model",
+    "build_network",
     "check_model_name",
 ]
 
@@ -27,21 +32,35 @@ __all__ = [
 _BUILDERS: dict[str, Callable[[list[int], int, int], nn.Module]] = {
     r"cnn-(\d+)": lambda n, classes, channels: SmallCNN(n[0], classes, channels),
     r"strided-cnn-(\d+)": lambda n, classes, channels: StridedCNN(n[0], classes, channels),
-    r"resnet-18": lambda n, classes, channels: resnet18(classes, channels),
-    r"preact-resnet-18": lambda n, classes, channels: preact_resnet18(classes, channels),
+    r"resnet-(18|34|50)": lambda n, classes, channels: resnet(n[0], classes, channels),
+    r"preact-resnet-(18|34)": lambda n, classes, channels: preact_resnet(n[0], classes, channels),
+    r"preact-resnet-(18|34)-raw": lambda n, classes, channels: preact_resnet(
+        n[0], classes, channels, raw_shortcut=True
+    ),
     r"resnet-(20|32|44|56|110)": lambda n, classes, channels: cifar_resnet(n[0], classes, channels),
     r"wrn-(\d+)-(\d+)": lambda n, classes, channels: wide_resnet(n[0], n[1], classes, channels),
+    r"dm-wrn-(\d+)-(\d+)": lambda n, classes, channels: wide_resnet(
+        n[0], n[1], classes, channels, same_padding=True, activation=F.silu
+    ),
+    r"dm-wrn-(\d+)-(\d+)-relu": lambda n, classes, channels: wide_resnet(
+        n[0], n[1], classes, channels, same_padding=True
+    ),
     r"mobilenet-v2": lambda n, classes, channels: MobileNetV2(classes, channels),
 }
 MODEL_NAMES = (
     "cnn-WIDTH",
     "strided-cnn-WIDTH",
-    "resnet-18",
-    "preact-resnet-18",
+    "resnet-{18,34,50}",
+    "preact-resnet-{18,34}[-raw]",
     "resnet-{20,32,44,56,110}",
     "wrn-DEPTH-WIDTH",
+    "dm-wrn-DEPTH-WIDTH[-relu]",
     "mobilenet-v2",
+    "package.module:function",
 )
+"""What :func:`build_model` knows. -raw: shortcuts of the raw input of a block, as in some published
+PreActResNets. dm-wrn: DeepMind's wide residual network, with SiLU unless -relu. A function is
+called with ``num_classes`` and returns the network."""
 
 
 class Normalize(nn.Module):
@@ -68,12 +87,40 @@ def _find(name: str) -> tuple[Callable[[list[int], int, int], nn.Module], list[i
     for pattern, builder in _BUILDERS.items():
         if match := re.fullmatch(pattern, name):
             return builder, [int(number) for number in match.groups()]
+    if is_object_name(name):
+        return lambda numbers, classes, channels: _call(name, classes), []
     raise ValueError(f"model must be one of {', '.join(MODEL_NAMES)}, got {name!r}")
+
+
+def _call(name: str, num_classes: int) -> nn.Module:
+    """The network that the function of that name makes."""
+    function = import_object(name)
+    try:
+        inspect.signature(function).bind(num_classes=num_classes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"model {name}: it must be a function that can be called with num_classes alone: "
+            f"{error}"
+        ) from None
+    network = function(num_classes=num_classes)
+    if not isinstance(network, nn.Module):
+        raise ValueError(
+            f"model {name}: it must return a torch.nn.Module, got {type(network).__name__}"
+        )
+    return network
 
 
 def check_model_name(name: str) -> None:
     """Raises ValueError, listing the known names, if ``build_model`` would not know this one."""
     _find(name)
+
+
+def build_network(name: str, *, num_classes: int, in_channels: int = 3) -> nn.Module:
+    """The named network for normalised images; see ``MODEL_NAMES``."""
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"model {name}: num_classes must be an int >= 1, got {num_classes!r}")
+    builder, numbers = _find(name)
+    return builder(numbers, num_classes, in_channels)
 
 
 def build_model(
@@ -84,5 +131,4 @@ def build_model(
     std: Sequence[float] = (1.0,),
 ) -> Normalize:
     """The named network behind its normalisation, for images of ``len(mean)`` channels."""
-    builder, numbers = _find(name)
-    return Normalize(builder(numbers, num_classes, len(mean)), mean, std)
+    return Normalize(build_network(name, num_classes=num_classes, in_channels=len(mean)), mean, std)

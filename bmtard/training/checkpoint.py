@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from bmtard.models import build_model
+from bmtard.models.checkpoints import read_torch_file
 
 FORMAT = 1
 """Of the checkpoint's dictionary; raised when an old reader would misread it."""
@@ -35,23 +35,36 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises FileNotFoundError or ValueError naming the path.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a complete checkpoint: {error}") from None
+    state = read_torch_file(path)
     found = state.get("bmtard_checkpoint") if isinstance(state, dict) else None
     if found != FORMAT:
-        raise ValueError(f"{path} is not a bmtard checkpoint of format {FORMAT}, got {found!r}")
+        raise ValueError(
+            f"{path} is not a bmtard checkpoint of format {FORMAT}, got {found!r}; for a network "
+            "from elsewhere say its architecture"
+        )
     return state
 
 
 def load_network(
-    path: Path, device: torch.device | str = "cpu"
+    path: Path, device: torch.device | str = "cpu", function: str | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The trained network of a checkpoint, frozen and in eval mode, and the whole checkpoint."""
+    """The trained network of a checkpoint, frozen and in eval mode, and the whole checkpoint.
+
+    function: the ``package.module:function`` that makes the network, where one does: a file alone
+    cannot make this process run code.
+    """
     state = load(path)
-    network = build_model(**state["network"])
-    network.load_state_dict(state["model"])
+    try:
+        options, weights = dict(state["network"]), state["model"]
+        name = str(options["name"])
+        if ":" in name and name != function:
+            raise ValueError(
+                f"its network is made by the function {name}, which is called only where you name "
+                "it as the model"
+            )
+        network = build_model(**options)
+        network.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} holds no network that can be built: {reason}") from None
     return network.to(device).eval().requires_grad_(False), state

@@ -15,9 +15,17 @@ from bmtard.models import Normalize, build_model
         ("cnn-16", 10, 28, None),
         ("strided-cnn-64", 10, 32, 0.38),
         ("resnet-18", 10, 32, 11.17),
+        ("resnet-34", 10, 32, 21.28),
+        ("resnet-50", 10, 32, 23.52),
         ("preact-resnet-18", 10, 32, 11.17),
+        ("preact-resnet-18-raw", 100, 32, 11.22),
+        ("preact-resnet-34", 10, 32, 21.28),
         ("resnet-56", 10, 32, 0.86),
         ("wrn-34-10", 10, None, 46.16),
+        ("wrn-34-20", 10, None, 184.53),
+        ("wrn-70-16", 10, None, 266.80),
+        ("dm-wrn-70-16", 10, None, 266.80),
+        ("dm-wrn-10-1-relu", 10, 32, None),
         ("wrn-10-1", 10, 32, None),
         ("mobilenet-v2", 10, 32, 2.30),
         ("mobilenet-v2", 200, 64, None),
@@ -47,7 +55,10 @@ def test_normalisation_is_inside() -> None:
     assert {"mean", "std"} <= model.state_dict().keys()
 
 
-@pytest.mark.parametrize("name", ["resnet-19", "wrn-28", "cnn", "wrn-11-2", "wrn-10-0", "cnn-0"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet-19", "wrn-28", "cnn", "wrn-11-2", "wrn-10-0", "cnn-0", "a.b", ":f", "a b:f", "a:f()"],
+)
 def test_unknown_names(name: str) -> None:
     with pytest.raises(ValueError, match=r"must be"):
         build_model(name, num_classes=10)

@@ -266,13 +266,36 @@ def test_missing_and_wrong_teachers(
 
 
 def test_broken_checkpoints(teachers: dict[str, Path], tmp_path: Path) -> None:
-    cut = tmp_path / "cut.pt"
-    cut.write_bytes(teachers["clean"].read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"cut.pt is not a complete checkpoint"):
+    cut, whole = tmp_path / "cut.pt", teachers["clean"].read_bytes()
+    for size in (0, 1, 1000, len(whole) // 2, len(whole) - 1000, len(whole) - 1):
+        cut.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"cut.pt is not a complete checkpoint: .+\Z"):
+            checkpoint.load(cut)
+    cut.write_text("no checkpoint\n" * 100)
+    with pytest.raises(ValueError, match=r"cut.pt is not a complete checkpoint: .+\Z"):
         checkpoint.load(cut)
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"is not a bmtard checkpoint of format 1, got None"):
         checkpoint.load(tmp_path / "other.pt")
+
+
+def test_a_checkpoint_calls_no_function_by_itself(
+    teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    state = checkpoint.load(teachers["clean"])
+    harm = tmp_path / "harm"
+    path = tmp_path / "other.pt"
+    for network, problem in (
+        ({"name": "os:mkdir", "num_classes": str(harm)}, "made by the function os:mkdir"),
+        ({"name": "cnn-4", "num_classes": str(harm)}, "num_classes must be an int"),
+        ({"name": "cnn-4"}, "num_classes"),
+        ({}, "name"),
+        ({**state["network"], "name": "cnn-5"}, "size mismatch"),
+    ):
+        checkpoint.save(path, {**state, "network": network})
+        with pytest.raises(ValueError, match=rf"other.pt holds no network.*{problem}"):
+            checkpoint.load_network(path)
+        assert not harm.exists()
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
