@@ -11,8 +11,8 @@ import io
 import math
 import os
 import pickle
-import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,10 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from bmtard.extras import import_extra
 
 DATA_VARIABLE = "BMTARD_DATA"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +100,9 @@ class Batches:
     ``epoch(e)`` is a function of ``seed`` and ``e`` alone, so a resumed run sees the same batches
     as an uninterrupted one, on every device. With ``shuffle`` the last, incomplete batch is left
     out (unless it is the only one); without it every image comes once, in order.
+
+    A GPU holds all the images, as uint8, if they take at most a quarter of its free memory; else
+    they stay in pinned host memory and are copied a batch at a time.
     """
 
     def __init__(
@@ -117,9 +123,12 @@ class Batches:
         if batch_size < 1:
             raise ValueError(f"Batches: batch_size must be >= 1, got {batch_size}")
         self.device = torch.device(device)
-        pin = self.device.type == "cuda"
-        self.images = images.pin_memory() if pin else images
-        self.labels = labels.pin_memory() if pin else labels
+        if self.device.type != "cpu":
+            if images.nbytes <= _free_bytes(self.device) // 4:
+                images, labels = images.to(self.device), labels.to(self.device)
+            else:
+                images, labels = images.pin_memory(), labels.pin_memory()
+        self.images, self.labels = images, labels
         self.batch_size = min(batch_size, len(images))
         self.max_value = max_value
         self.shuffle = shuffle
@@ -136,6 +145,7 @@ class Batches:
         generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
         total = len(self.images)
         order = torch.randperm(total, generator=generator) if self.shuffle else torch.arange(total)
+        order = order.to(self.images.device)
         for index in range(len(self)):
             rows = order[index * self.batch_size : (index + 1) * self.batch_size]
             images = self.images[rows].to(self.device, non_blocking=True)
@@ -146,6 +156,10 @@ class Batches:
                 images = random_flip(images, generator)
             pixels = images.to(torch.float32).div_(self.max_value)
             yield pixels.contiguous(memory_format=self.memory_format), labels
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
@@ -194,17 +208,31 @@ def load_digits(folder: Path | None = None) -> ImageData:
 
 
 def load_mnist(folder: Path) -> ImageData:
-    """MNIST in its idx files, gzipped or not, in ``folder`` or a folder ``mnist`` in it."""
+    """MNIST in its idx files, gzipped or not, in ``folder``, ``mnist`` or ``MNIST/raw`` in it."""
+    return _load_idx("mnist", folder, ("", "mnist/", "MNIST/raw/"))
+
+
+def load_fashion_mnist(folder: Path) -> ImageData:
+    """Fashion-MNIST, whose files are named as those of MNIST, gzipped or not.
+
+    They are in ``fashion-mnist`` or ``FashionMNIST/raw`` in ``folder``; in ``folder`` itself only
+    if its path ends in such a name, because MNIST would be mistaken for it.
+    """
+    places = ["fashion-mnist/", "FashionMNIST/raw/"]
+    if any("fashion" in part.lower() for part in folder.resolve().parts[-2:]):
+        places.append("")
+    return _load_idx("fashion-mnist", folder, places)
+
+
+def _load_idx(name: str, folder: Path, places: Iterable[str]) -> ImageData:
     arrays: dict[str, np.ndarray] = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
         for kind, rank in (("images", 3), ("labels", 1)):
-            name = f"{prefix}-{kind}-idx{rank}-ubyte"
-            path = _find(
-                folder, [f"{sub}{name}{end}" for sub in ("", "mnist/") for end in ("", ".gz")]
-            )
-            arrays[f"{split}_{kind}"] = _read_idx(path, rank)
+            file = f"{prefix}-{kind}-idx{rank}-ubyte"
+            names = [f"{place}{file}{end}" for place in places for end in ("", ".gz")]
+            arrays[f"{split}_{kind}"] = _read_idx(_find(folder, names), rank)
     return ImageData(
-        name="mnist",
+        name=name,
         train_images=torch.from_numpy(arrays["train_images"]).unsqueeze(1),
         train_labels=torch.from_numpy(arrays["train_labels"].astype(np.int64)),
         test_images=torch.from_numpy(arrays["test_images"]).unsqueeze(1),
@@ -218,7 +246,7 @@ def load_cifar10(folder: Path) -> ImageData:
     place = _find(
         folder,
         ["cifar-10-batches-bin", "data_batch_1.bin", "cifar-10-batches-py", "data_batch_1"],
-        patterns=["cifar10*.npz"],
+        patterns=["cifar10.npz", "cifar10[!0]*.npz"],
     )
     if place.suffix == ".npz":
         return _load_jpeg_npz("cifar10", place, "test")
@@ -256,30 +284,162 @@ def load_tiny_imagenet(folder: Path) -> ImageData:
         if not files:
             raise FileNotFoundError(f"no *.JPEG in {place / 'train' / name / 'images'}")
         train += [(file, label_of[name]) for file in files]
-    lines = _find(place, ["val/val_annotations.txt"]).read_text().splitlines()
-    rows = [line.split("\t")[:2] for line in lines]
-    test = [(place / "val" / "images" / file, label_of[name]) for file, name in rows]
-    splits = {
-        split: (_decode([file.read_bytes() for file, _ in items]), [label for _, label in items])
-        for split, items in (("train", train), ("test", test))
-    }
+    annotations = _find(place, ["val/val_annotations.txt"])
+    test: list[tuple[Path, int]] = []
+    for number, line in enumerate(annotations.read_text().splitlines(), 1):
+        file, name = [*line.split("\t"), "", ""][:2]
+        if name not in label_of or Path(file).name != file:
+            raise ValueError(
+                f"{annotations}, line {number}: need the name of an image and of a class in "
+                f"wnids.txt, got {line!r}"
+            )
+        test.append((place / "val" / "images" / file, label_of[name]))
+    return _image_files("tiny-imagenet", train, test, len(names))
+
+
+def load_folder(folder: Path) -> ImageData:
+    """Images of one size in ``train/CLASS/`` and ``test/CLASS/`` (or ``val/CLASS/``), read as RGB.
+
+    The classes are numbered in the order of their names, and every one has training images.
+    """
+    train = folder / "train"
+    test = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
+    if test is None or not train.is_dir():
+        raise FileNotFoundError(
+            f"{folder} needs the folders train and test (or val), each with one folder a class"
+        )
+    names = sorted(place.name for place in train.iterdir() if place.is_dir())
+    if not names:
+        raise FileNotFoundError(f"{train} needs one folder a class, and has none")
+    if strange := sorted({p.name for p in test.iterdir() if p.is_dir()} - set(names)):
+        raise ValueError(f"{test / strange[0]} is no class of {train}")
+    splits: list[list[tuple[Path, int]]] = []
+    for place in (train, test):
+        items: list[tuple[Path, int]] = []
+        for label, name in enumerate(names):
+            files = (place / name).rglob("*")
+            found = sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
+            if place == train and not found:
+                raise FileNotFoundError(f"no image ({', '.join(IMAGE_SUFFIXES)}) in {place / name}")
+            items += [(file, label) for file in found]
+        if not items:
+            raise FileNotFoundError(f"no image ({', '.join(IMAGE_SUFFIXES)}) in {place}")
+        splits.append(items)
+    return _image_files(f"folder:{folder}", splits[0], splits[1], len(names))
+
+
+def _image_files(
+    name: str, train: list[tuple[Path, int]], test: list[tuple[Path, int]], num_classes: int
+) -> ImageData:
+    """Data of image files and their labels."""
+    size: tuple[int, int] | None = None
+    images: list[Tensor] = []
+    for items in (train, test):
+        files = ((str(path), _read_bytes(path)) for path, _ in items)
+        images.append(_decode(len(items), files, size))
+        size = (images[0].shape[3], images[0].shape[2])
     return ImageData(
-        name="tiny-imagenet",
-        train_images=splits["train"][0],
-        train_labels=torch.tensor(splits["train"][1]),
-        test_images=splits["test"][0],
-        test_labels=torch.tensor(splits["test"][1]),
-        num_classes=len(names),
+        name=name,
+        train_images=images[0],
+        train_labels=torch.tensor([label for _, label in train]),
+        test_images=images[1],
+        test_labels=torch.tensor([label for _, label in test]),
+        num_classes=num_classes,
     )
+
+
+def from_dataset(
+    train: Dataset[Any],
+    test: Dataset[Any],
+    *,
+    name: str = "dataset",
+    num_classes: int | None = None,
+) -> ImageData:
+    """Reads two data sets of (image, label) pairs into memory, once: give them no augmentation.
+
+    An image is a uint8 or float tensor [c, h, w], an array [h, w] or [h, w, c], or of Pillow; all
+    of one size. Floats are whole 255ths in [0, 1], as torchvision's ToTensor makes them.
+    num_classes: default: the highest label + 1. The result is for ``train(config, data=...)`` with
+    ``data="python:NAME"`` in the configuration.
+
+    Raises ValueError or TypeError naming the split and the index.
+    """
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    for split, dataset in (("train", train), ("test", test)):
+        pixels: list[Tensor] = []
+        targets: list[int] = []
+        for index in range(len(dataset)):  # type: ignore[arg-type]
+            where = f"from_dataset: {split}[{index}]"
+            try:
+                image, label = dataset[index]
+                targets.append(int(label))
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"{where} must be an image and a whole label: {error}") from None
+            pixels.append(_to_uint8(image, where))
+            first = images[0][0] if images else pixels[0]
+            if pixels[-1].shape != first.shape:
+                raise ValueError(
+                    f"{where}: all images must have one size, {list(first.shape)}, "
+                    f"got {list(pixels[-1].shape)}"
+                )
+        if not pixels:
+            raise ValueError(f"from_dataset: {split} is empty")
+        images.append(torch.stack(pixels))
+        labels.append(torch.tensor(targets))
+    return ImageData(
+        name=name,
+        train_images=images[0],
+        train_labels=labels[0],
+        test_images=images[1],
+        test_labels=labels[1],
+        num_classes=num_classes or int(torch.cat(labels).max()) + 1,
+    )
+
+
+def _to_uint8(image: Any, where: str) -> Tensor:
+    """Any image of :func:`from_dataset` -> uint8 [c, h, w]."""
+    if not isinstance(image, Tensor):
+        array = np.asarray(image)
+        if array.dtype.kind not in "uif" or array.ndim not in (2, 3):
+            raise TypeError(f"{where}: need a tensor, an array or an image, got {type(image)}")
+        image = torch.from_numpy(array.copy())
+        image = image.permute(2, 0, 1) if image.dim() == 3 else image
+    if image.dim() == 2:
+        image = image.unsqueeze(0)
+    if image.dim() != 3:
+        raise ValueError(f"{where}: an image must be [c, h, w], got {list(image.shape)}")
+    if image.is_floating_point():
+        scaled = 255 * image.double()
+        whole = scaled.round()
+        if bool(((scaled - whole).abs() > 1e-2).any() or (whole != whole.clamp(0, 255)).any()):
+            raise ValueError(
+                f"{where}: floats must be whole 255ths in [0, 1], got [{image.min():.4g}, "
+                f"{image.max():.4g}]; take the images as they are before Normalize"
+            )
+        image = whole.to(torch.uint8)
+    if image.dtype != torch.uint8:
+        raise TypeError(f"{where}: an image must be uint8 or float, got {image.dtype}")
+    return image.contiguous()
 
 
 LOADERS: dict[str, Callable[[Path], ImageData]] = {
     "digits": load_digits,
     "mnist": load_mnist,
+    "fashion-mnist": load_fashion_mnist,
     "cifar10": load_cifar10,
     "cifar100": load_cifar100,
     "tiny-imagenet": load_tiny_imagenet,
 }
+DATA_NAMES = (*LOADERS, "folder:PATH", "python:NAME")
+"""What a configuration may name: see :func:`load_folder` and :func:`from_dataset`."""
+
+
+def check_data_name(name: str) -> None:
+    """Raises ValueError, listing the known names, unless ``name`` is one of ``DATA_NAMES``."""
+    kind, _, rest = name.partition(":")
+    if name not in LOADERS and not (kind in ("folder", "python") and rest):
+        raise ValueError(f"data set must be one of {', '.join(DATA_NAMES)}, got {name!r}")
 
 
 def load(name: str, folder: str | os.PathLike[str] | None = None) -> ImageData:
@@ -287,9 +447,12 @@ def load(name: str, folder: str | os.PathLike[str] | None = None) -> ImageData:
 
     Raises FileNotFoundError or ValueError naming the path and what was expected there.
     """
-    if name not in LOADERS:
-        raise ValueError(f"data set must be one of {', '.join(LOADERS)}, got {name!r}")
-    folder = folder or os.environ.get(DATA_VARIABLE)
+    check_data_name(name)
+    kind, _, rest = name.partition(":")
+    if kind == "python":
+        raise ValueError(f"{name} is made in Python: give it as data; see bmtard.data.from_dataset")
+    loader = load_folder if kind == "folder" else LOADERS[name]
+    folder = rest or folder or os.environ.get(DATA_VARIABLE)
     if folder is None and name != "digits":
         raise FileNotFoundError(
             f"{name}: say where its files are, with --data-dir or the environment variable "
@@ -298,7 +461,12 @@ def load(name: str, folder: str | os.PathLike[str] | None = None) -> ImageData:
     path = Path(folder or ".").expanduser()
     if not path.is_dir():
         raise FileNotFoundError(f"{name}: the data folder {path} does not exist")
-    return LOADERS[name](path)
+    try:
+        return loader(path)
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 # ---- file formats ----
@@ -320,7 +488,7 @@ def _read_bytes(path: Path) -> bytes:
             return file.read()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a complete gzip file: {error}") from None
 
 
@@ -330,7 +498,7 @@ def _read_idx(path: Path, rank: int) -> np.ndarray:
     header = 4 + 4 * rank
     if raw[:4] != bytes((0, 0, 8, rank)) or len(raw) < header:
         raise ValueError(f"{path} is not an idx file of bytes with {rank} dimensions")
-    shape = np.frombuffer(raw, ">i4", rank, 4)
+    shape = np.frombuffer(raw, ">u4", rank, 4)
     if len(raw) != header + math.prod(shape.tolist()):
         raise ValueError(
             f"{path} is truncated: expected {header + math.prod(shape.tolist())} bytes for "
@@ -373,10 +541,19 @@ def _read_cifar_pickle(path: Path, labels: str) -> np.ndarray:
     try:
         batch = _ArrayUnpickler(io.BytesIO(_read_bytes(path)), encoding="latin1").load()
         pixels, target = np.asarray(batch["data"]), np.asarray(batch[labels])
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damaged pickles raise many kinds
         raise ValueError(f"{path} is not a complete CIFAR python batch: {error!r}") from None
-    if pixels.dtype != np.uint8 or pixels.shape != (len(target), 3072):
-        raise ValueError(f"{path}: expected uint8 [{len(target)}, 3072], got {pixels.shape}")
+    if pixels.dtype != np.uint8 or pixels.shape != (target.size, 3072):
+        raise ValueError(
+            f"{path}: expected uint8 [{target.size}, 3072], got {pixels.dtype} {pixels.shape}"
+        )
+    if (
+        target.dtype.kind not in "iu"
+        or not 0 <= target.min(initial=0) <= target.max(initial=0) < 256
+    ):
+        raise ValueError(f"{path}: labels must be whole numbers from 0 to 255")
     return np.concatenate([target[:, None].astype(np.uint8), pixels], 1)
 
 
@@ -398,30 +575,64 @@ def _cifar(
 
 def _load_jpeg_npz(name: str, path: Path, test: str) -> ImageData:
     """Keys SPLIT_jpeg (all files, concatenated), SPLIT_offset [N + 1], y_SPLIT; class_names."""
+    splits: list[Tensor] = []
+    size: tuple[int, int] | None = None
     try:
         with open(path, "rb") as file, np.load(file) as archive:
             arrays = {key: archive[key] for key in archive.files}
-        splits: dict[str, tuple[Tensor, Tensor]] = {}
-        for split in ("train", test):
-            joined, offset = arrays[f"{split}_jpeg"].tobytes(), arrays[f"{split}_offset"].tolist()
-            files = [joined[a:b] for a, b in pairwise(offset)]
-            labels = torch.from_numpy(arrays[f"y_{split}"].astype(np.int64))
-            splits[split] = (_decode(files), labels)
         num_classes = len(arrays["class_names"])
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a complete npz of JPEG bytes: {error}") from None
+        parts = [
+            (split, arrays[f"{split}_jpeg"].tobytes(), arrays[f"{split}_offset"].tolist())
+            for split in ("train", test)
+        ]
+        labels = [torch.from_numpy(arrays[f"y_{split}"].astype(np.int64)) for split, *_ in parts]
+    except Exception as error:  # damaged archives raise many kinds
+        raise ValueError(f"{path} is not a complete npz of JPEG bytes: {error!r}") from None
+    for (split, joined, offset), target in zip(parts, labels, strict=True):
+        if len(offset) != len(target) + 1 or offset != sorted(offset) or offset[-1] > len(joined):
+            raise ValueError(
+                f"{path}: {split}_offset must be {len(target) + 1} ascending positions in the "
+                f"{len(joined)} bytes of {split}_jpeg"
+            )
+        files = (
+            (f"{path}, image {index} of {split}", joined[start:end])
+            for index, (start, end) in enumerate(pairwise(offset))
+        )
+        splits.append(_decode(len(target), files, size))
+        size = (splits[0].shape[3], splits[0].shape[2])
     return ImageData(
         name=name,
-        train_images=splits["train"][0],
-        train_labels=splits["train"][1],
-        test_images=splits[test][0],
-        test_labels=splits[test][1],
+        train_images=splits[0],
+        train_labels=labels[0],
+        test_images=splits[1],
+        test_labels=labels[1],
         num_classes=num_classes,
     )
 
 
-def _decode(files: list[bytes]) -> Tensor:
-    """JPEG files of one size -> [N, 3, h, w]."""
+def _decode(
+    count: int, files: Iterable[tuple[str, bytes]], size: tuple[int, int] | None = None
+) -> Tensor:
+    """``count`` names and contents of image files of one size (w, h) -> [N, 3, h, w]."""
     image = import_extra("PIL.Image", "train")
-    pixels = [np.asarray(image.open(io.BytesIO(file)).convert("RGB")) for file in files]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+    pixels = np.empty((count, 0, 0, 3), np.uint8)
+    for index, (name, content) in enumerate(files):
+        try:
+            # Formats are named because Pillow would run other programs for some.
+            with image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as opened:
+                size = size or opened.size
+                found = opened.size
+                if found == size:
+                    if index == 0:
+                        pixels = np.empty((count, size[1], size[0], 3), np.uint8)
+                    pixels[index] = np.asarray(opened.convert("RGB"))
+        except image.UnidentifiedImageError:
+            raise ValueError(f"{name} is no image of {', '.join(IMAGE_FORMATS)}") from None
+        except Exception as error:  # damaged images raise many kinds
+            raise ValueError(f"{name} is not a complete image: {error}") from None
+        if found != size:
+            raise ValueError(
+                f"{name} is {found[0]}x{found[1]}, the images before it {size[0]}x{size[1]}: "
+                "all must have one size"
+            )
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""Published checkpoints, rebuilt from the published layer names: the same logits, or a clear error."""
+"""Checkpoints under the published layer names: the same logits, or a clear error."""
 
 from __future__ import annotations
 

@@ -7,7 +7,10 @@ import io
 import os
 import pickle
 import struct
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -53,16 +56,50 @@ def test_cifar10_binary(tmp_path: Path, inside: str) -> None:
     assert (len(loaded.test_labels), loaded.num_classes) == (4, 10)
 
 
-def test_cifar_pickles(tmp_path: Path) -> None:
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
+class OldPickler(pickle._Pickler):
+    """Protocol 2 as Python 2 wrote the official files: bytes are its strings, numpy is 1.x."""
+
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
+
+    def save_string(self, value: str | bytes) -> None:
+        raw = value if isinstance(value, bytes) else value.encode("latin1")
+        self.write(pickle.BINSTRING + struct.pack("<i", len(raw)) + raw)
+
+    dispatch[bytes] = dispatch[str] = save_string
+
+
+def old_pickle(content: dict[str, object]) -> bytes:
+    file = io.BytesIO()
+    OldPickler(file, 2).dump(content)
+    return file.getvalue().replace(b"cnumpy._core.", b"cnumpy.core.")
+
+
+def write_cifar_pickles(folder: Path, dumps: Callable[[dict[str, object]], bytes]) -> np.ndarray:
+    (folder / "cifar-10-batches-py").mkdir(parents=True)
     batch = records(2, 10)
     for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:
-        content = {"data": batch[:, 1:], "labels": batch[:, 0].tolist()}
-        (folder / name).write_bytes(pickle.dumps(content))
+        content = {"data": batch[:, 1:], "labels": batch[:, 0].tolist(), "batch_label": name}
+        (folder / "cifar-10-batches-py" / name).write_bytes(dumps(content))
+    return batch
+
+
+@pytest.mark.parametrize("dumps", [old_pickle, pickle.dumps])
+def test_cifar_pickles(tmp_path: Path, dumps: Callable[[dict[str, object]], bytes]) -> None:
+    batch = write_cifar_pickles(tmp_path, dumps)
     loaded = data.load("cifar10", tmp_path)
     check_images(loaded.test_images, batch[:, 1:])
     assert loaded.train_labels.tolist() == [0, 1] * 5
+
+
+def test_cifar100_pickles(tmp_path: Path) -> None:
+    (tmp_path / "cifar-100-python").mkdir()
+    batch = records(3, 100)
+    content = {"data": batch[:, 1:], "fine_labels": [7, 99, 0], "coarse_labels": [1, 2, 3]}
+    for name in ("train", "test"):
+        (tmp_path / "cifar-100-python" / name).write_bytes(old_pickle(content))
+    loaded = data.load("cifar100", tmp_path)
+    check_images(loaded.train_images, batch[:, 1:])
+    assert loaded.test_labels.tolist() == [7, 99, 0]
 
 
 def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
@@ -95,16 +132,40 @@ def write_idx(path: Path, values: np.ndarray) -> None:
     path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
 
 
-@pytest.mark.parametrize("end", ["", ".gz"])
-def test_mnist(tmp_path: Path, end: str) -> None:
+def write_mnist(folder: Path, end: str) -> np.ndarray:
+    folder.mkdir(parents=True, exist_ok=True)
     images = RNG.integers(0, 256, (5, 28, 28), dtype=np.uint8)
-    labels = np.arange(5, dtype=np.uint8)
     for prefix in ("train", "t10k"):
-        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte{end}", images)
-        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte{end}", labels)
-    loaded = data.load("mnist", tmp_path)
+        write_idx(folder / f"{prefix}-images-idx3-ubyte{end}", images)
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte{end}", np.arange(5, dtype=np.uint8))
+    return images
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("name", "inside"),
+    [
+        ("mnist", "."),
+        ("mnist", "mnist"),
+        ("mnist", "MNIST/raw"),
+        ("fashion-mnist", "fashion-mnist"),
+        ("fashion-mnist", "FashionMNIST/raw"),
+    ],
+)
+def test_idx(tmp_path: Path, name: str, inside: str, end: str) -> None:
+    images = write_mnist(tmp_path / inside, end)
+    loaded = data.load(name, tmp_path)
     assert np.array_equal(loaded.train_images[:, 0].numpy(), images)
-    assert loaded.test_labels.tolist() == [0, 1, 2, 3, 4]
+    assert (loaded.name, loaded.test_labels.tolist()) == (name, [0, 1, 2, 3, 4])
+
+
+def test_mnist_is_not_taken_for_fashion(tmp_path: Path) -> None:
+    write_mnist(tmp_path / "data", "")
+    with pytest.raises(FileNotFoundError, match=r"none of fashion-mnist/train-images"):
+        data.load("fashion-mnist", tmp_path / "data")
+    images = write_mnist(tmp_path / "fashion", ".gz")
+    loaded = data.load("fashion-mnist", tmp_path / "fashion")
+    assert np.array_equal(loaded.test_images[:, 0].numpy(), images)
 
 
 def jpeg(gray: bool = False) -> bytes:
@@ -118,6 +179,7 @@ def jpeg(gray: bool = False) -> bytes:
     ("name", "file", "test"),
     [
         ("cifar10", "cifar10_jpegq75.npz", "test"),
+        ("cifar10", "cifar10.npz", "test"),
         ("tiny-imagenet", "tinyimagenet_80class.npz", "val"),
     ],
 )
@@ -129,6 +191,7 @@ def test_jpeg_npz(tmp_path: Path, name: str, file: str, test: str) -> None:
         content[f"{split}_offset"] = np.cumsum([0, *map(len, files)]).astype(np.uint32)
         content[f"y_{split}"] = np.array([2, 0, 1], np.uint8)
     np.savez(tmp_path / file, **content)
+    np.savez(tmp_path / "cifar100.npz", nothing=np.zeros(1))  # another data set
     loaded = data.load(name, tmp_path)
     assert loaded.train_images.shape == (3, 3, 8, 8)
     assert (loaded.test_labels.tolist(), loaded.num_classes) == ([2, 0, 1], 3)
@@ -140,8 +203,7 @@ def test_jpeg_npz(tmp_path: Path, name: str, file: str, test: str) -> None:
         data.load(name, tmp_path)
 
 
-def test_tiny_imagenet_folder(tmp_path: Path) -> None:
-    root = tmp_path / "tiny-imagenet-200"
+def write_tiny_imagenet(root: Path) -> None:
     for name in ("n02", "n01"):
         (root / "train" / name / "images").mkdir(parents=True)
         for k in range(2):
@@ -150,9 +212,157 @@ def test_tiny_imagenet_folder(tmp_path: Path) -> None:
     (root / "val" / "images" / "val_0.JPEG").write_bytes(jpeg())
     (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn02\t0\t0\t7\t7\n")
     (root / "wnids.txt").write_text("n02\nn01\n")
+
+
+def test_tiny_imagenet_folder(tmp_path: Path) -> None:
+    write_tiny_imagenet(tmp_path / "tiny-imagenet-200")
     loaded = data.load("tiny-imagenet", tmp_path)
     assert loaded.train_labels.tolist() == [0, 0, 1, 1]  # in the order of the names
     assert loaded.test_labels.tolist() == [1]
+    annotations = tmp_path / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    for line in ("val_0.JPEG", "val_0.JPEG\tn03\t0", "../val_0.JPEG\tn01\t0", ""):
+        annotations.write_text(f"val_0.JPEG\tn02\n{line}\n")
+        with pytest.raises(ValueError, match=r"val_annotations.txt, line 2: need the name"):
+            data.load("tiny-imagenet", tmp_path)
+
+
+# ---- folders ----
+
+
+def write_image(path: Path, pixels: np.ndarray, **options: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+@pytest.mark.parametrize("test", ["test", "val"])
+def test_folder(tmp_path: Path, test: str) -> None:
+    first, second, gray = (
+        RNG.integers(0, 256, shape, dtype=np.uint8) for shape in ((6, 9, 3), (6, 9, 3), (6, 9))
+    )
+    write_image(tmp_path / "train" / "dog" / "a.png", first)
+    write_image(tmp_path / "train" / "cat" / "deep" / "b.PPM", second)
+    write_image(tmp_path / "train" / "cat" / "a.bmp", gray)
+    write_image(tmp_path / test / "dog" / "c.tiff", second)
+    write_image(tmp_path / test / "dog" / "c.webp", first, lossless=True)
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "train" / "README").write_text("no class")
+    loaded = data.load(f"folder:{tmp_path}")
+    assert loaded.num_classes == 2
+    assert loaded.train_labels.tolist() == [0, 0, 1]  # cat before dog
+    expected = [np.stack([gray] * 3, 2), second, first]
+    assert np.array_equal(loaded.train_images.permute(0, 2, 3, 1).numpy(), np.stack(expected))
+    assert loaded.test_labels.tolist() == [1, 1]
+    assert np.array_equal(loaded.test_images[1].permute(1, 2, 0).numpy(), first)
+
+
+def test_folders_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"folder:{tmp_path}"
+    pixels = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
+
+    def fails(kind: type[Exception], problem: str) -> None:
+        with pytest.raises(kind, match=problem) as error:
+            data.load(name)
+        assert "\n" not in str(error.value)
+
+    with pytest.raises(FileNotFoundError, match=r"data folder .*nowhere does not exist"):
+        data.load(f"folder:{tmp_path / 'nowhere'}")
+    fails(FileNotFoundError, r"needs the folders train and test \(or val\)")
+    (tmp_path / "train").mkdir()
+    fails(FileNotFoundError, r"needs the folders train and test \(or val\)")
+    (tmp_path / "test").mkdir()
+    fails(FileNotFoundError, r"train needs one folder a class, and has none")
+    (tmp_path / "train" / "a").mkdir()
+    fails(FileNotFoundError, r"no image \(.jpg, .* in .*train/a")
+    write_image(tmp_path / "train" / "a" / "1.png", pixels)
+    fails(FileNotFoundError, r"no image \(.jpg, .* in .*test")
+    write_image(tmp_path / "test" / "b" / "1.png", pixels)
+    fails(ValueError, r"test/b is no class of .*train")
+    write_image(tmp_path / "train" / "b" / "2.png", pixels[:, :8])
+    fails(ValueError, r"b/2.png is 8x6, the images before it 9x6: all must have one size")
+    write_image(tmp_path / "train" / "b" / "2.png", pixels)
+    write_image(tmp_path / "test" / "b" / "1.png", pixels[:5])
+    fails(ValueError, r"test/b/1.png is 9x5, the images before it 9x6")
+    file = tmp_path / "test" / "b" / "1.png"
+    write_image(file, pixels)
+    assert len(data.load(name).test_labels) == 1
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    fails(ValueError, r"test/b/1.png is not a complete image")
+    for content in (
+        b"",
+        b"no image",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 6\n",
+        whole[:20],
+    ):
+        file.write_bytes(content)
+        fails(ValueError, r"test/b/1.png is no")
+
+
+# ---- data sets from Python ----
+
+
+class Pairs(torch.utils.data.Dataset):
+    def __init__(self, images: list[object], labels: list[object]) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[object, object]:
+        return self.images[index], self.labels[index]
+
+
+def test_from_dataset() -> None:
+    pixels = RNG.integers(0, 256, (4, 6, 5, 3), dtype=np.uint8)
+    planes = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    forms: dict[str, list[object]] = {
+        "tensors": list(planes),
+        "floats": [plane.float() / 255 for plane in planes],
+        "arrays": list(pixels),
+        "pillow": [Image.fromarray(image) for image in pixels],
+    }
+    test = Pairs([planes[0]], [torch.tensor(2)])
+    for name, images in forms.items():
+        loaded = data.from_dataset(Pairs(images, [0, np.int64(2), 1, 0]), test, name=name)
+        assert torch.equal(loaded.train_images, planes), name
+        assert loaded.train_labels.tolist() == [0, 2, 1, 0]
+        assert (loaded.test_labels.tolist(), loaded.num_classes) == ([2], 3)
+    gray = data.from_dataset(Pairs([pixels[0, :, :, 0]], [0]), Pairs([planes[0, :1]], [0]))
+    assert gray.train_images.shape == gray.test_images.shape == (1, 1, 6, 5)
+    assert data.from_dataset(test, test, num_classes=9).num_classes == 9
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "problem"),
+    [
+        ([torch.rand(3, 4, 4)], [0], r"train\[0\]: floats must be whole 255ths"),
+        (
+            [torch.zeros(3, 4, 4) - 1],
+            [0],
+            r"train\[0\]: floats must be whole 255ths .* before Norm",
+        ),
+        ([torch.zeros(3, 4, 4), torch.zeros(3, 4, 5)], [0, 0], r"train\[1\]: all .* one size"),
+        (
+            [torch.zeros(3, 4, 4, dtype=torch.int64)],
+            [0],
+            r"must be uint8 or float, got torch.int64",
+        ),
+        ([torch.zeros(4)], [0], r"an image must be \[c, h, w\], got \[4\]"),
+        (["picture"], [0], r"need a tensor, an array or an image"),
+        ([torch.zeros(3, 4, 4)], ["cat"], r"train\[0\] must be an image and a whole label"),
+        ([torch.zeros(3, 4, 4)], [-1], r"train_labels must be in \[0, 0\], got \[-1, -1\]"),
+        ([], [], r"train is empty"),
+    ],
+)
+def test_datasets_that_do_not_fit(images: list[object], labels: list[object], problem: str) -> None:
+    good = Pairs([torch.zeros(3, 4, 4)], [0])
+    with pytest.raises((ValueError, TypeError), match=problem):
+        data.from_dataset(Pairs(images, labels), good)
+
+
+def test_a_python_name_is_not_loaded() -> None:
+    with pytest.raises(ValueError, match=r"python:mine is made in Python: give it as data"):
+        data.load("python:mine")
 
 
 def test_digits_are_split_by_class_and_complete() -> None:
@@ -194,6 +404,8 @@ def test_truncated_and_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
         data.load("mnist")
     with pytest.raises(ValueError, match=r"data set must be one of digits, .* got 'svhn'"):
         data.load("svhn")
+    with pytest.raises(ValueError, match=r"data set must be one of .*folder:PATH.* got 'folder:'"):
+        data.load("folder:")
     for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
         write_idx(tmp_path / name, np.zeros((2, 2, 2) if "images" in name else 2, np.uint8))
     short = tmp_path / "train-images-idx3-ubyte"
@@ -202,19 +414,176 @@ def test_truncated_and_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
         data.load("mnist", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "tiny-imagenet", "mnist", "cifar100"])
-def test_real_data(name: str) -> None:
+def every_prefix(path: Path, name: str, folder: Path) -> None:
+    """Loading fails in one sentence whatever part of the file is left, and if bytes are turned."""
+    whole = path.read_bytes()
+    parts = [whole[: len(whole) * k // 23] for k in range(23)]
+    turned = [
+        whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :]
+        for at in range(0, len(whole), max(1, len(whole) // 40))
+    ]
+    for content in parts:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{path.name}|must be") as error:
+            data.load(name, folder)
+        assert "\n" not in str(error.value)
+    for content in turned:  # may still be an image
+        path.write_bytes(content)
+        try:
+            data.load(name, folder)
+        except ValueError as damage:
+            assert "\n" not in str(damage)  # noqa: PT017
+    path.write_bytes(whole)
+    data.load(name, folder)
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    write_mnist(tmp_path / "m", ".gz")
+    every_prefix(tmp_path / "m" / "train-images-idx3-ubyte.gz", "mnist", tmp_path / "m")
+    write_mnist(tmp_path / "fashion", "")
+    every_prefix(
+        tmp_path / "fashion" / "t10k-labels-idx1-ubyte", "fashion-mnist", tmp_path / "fashion"
+    )
+    for name, dumps in (("old", old_pickle), ("new", pickle.dumps)):
+        write_cifar_pickles(tmp_path / name, dumps)
+        path = tmp_path / name / "cifar-10-batches-py" / "data_batch_2"
+        every_prefix(path, "cifar10", tmp_path / name)
+    write_tiny_imagenet(tmp_path / "t" / "tiny-imagenet-200")
+    path = tmp_path / "t" / "tiny-imagenet-200" / "train" / "n01" / "images" / "n01_1.JPEG"
+    every_prefix(path, "tiny-imagenet", tmp_path / "t")
+
+
+def test_wrong_labels_and_sizes(tmp_path: Path) -> None:
+    write_mnist(tmp_path, "")
+    labels = tmp_path / "train-labels-idx1-ubyte"
+    write_idx(labels, np.array([0, 1, 2, 3, 10], np.uint8))
+    with pytest.raises(
+        ValueError, match=r"mnist: .*train_labels must be in \[0, 9\], got \[0, 10\]"
+    ):
+        data.load("mnist", tmp_path)
+    write_idx(labels, np.zeros(4, np.uint8))
+    with pytest.raises(ValueError, match=r"mnist: .*train_labels must be int64 \[5\]"):
+        data.load("mnist", tmp_path)
+    labels.write_bytes(struct.pack(">4Bi", 0, 0, 8, 1, -1))
+    with pytest.raises(ValueError, match=r"train-labels.* is truncated"):
+        data.load("mnist", tmp_path)
+    write_cifar_pickles(tmp_path, pickle.dumps)
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_1"
+    for content in (
+        {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 256]},
+        {"data": np.zeros((2, 3072), np.uint8), "labels": [0.5, 1.0]},
+        {"data": np.zeros((2, 3072), np.uint8), "labels": [0]},
+        {"data": np.zeros((2, 3072), np.float32), "labels": [0, 1]},
+        {"data": np.zeros((2, 3072), np.uint8)},
+        [1, 2],
+    ):
+        path.write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match=r"cifar10: .*data_batch_1"):
+            data.load("cifar10", tmp_path)
+
+
+def test_malicious_npz(tmp_path: Path) -> None:
+    file = jpeg()
+    good: dict[str, np.ndarray] = {"class_names": np.array(["a", "b"])}
+    for split in ("train", "test"):
+        good[f"{split}_jpeg"] = np.frombuffer(file, np.uint8)
+        good[f"{split}_offset"] = np.array([0, len(file)])
+        good[f"y_{split}"] = np.array([1], np.uint8)
+    path = tmp_path / "cifar10_own.npz"
+    np.savez(path, **good)
+    assert data.load("cifar10", tmp_path).test_labels.tolist() == [1]
+
+    class Harmful:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    cases: list[tuple[dict[str, object], str]] = [
+        ({"class_names": np.array([Harmful()], object)}, "is not a complete npz of JPEG bytes"),
+        ({"train_offset": np.array([0, 10**9])}, "train_offset must be 2 ascending positions"),
+        ({"train_offset": np.array([0, 5, 9])}, "train_offset must be 2 ascending positions"),
+        ({"train_offset": np.array([9, 5])}, "train_offset must be 2 ascending positions"),
+        ({"test_offset": np.array([0, 99])}, "image 0 of test is no"),
+        (
+            {"test_jpeg": np.frombuffer(jpeg(gray=True)[:-90] + bytes(600), np.uint8)},
+            "image 0 of test",
+        ),
+    ]
+    for change, problem in cases:
+        np.savez(path, **(good | change))
+        with pytest.raises(ValueError, match=rf"cifar10: .*cifar10_own.npz.*{problem}"):
+            data.load("cifar10", tmp_path)
+        assert not (tmp_path / "harm").exists()
+
+
+# ---- real files ----
+
+
+def real_folder() -> Path:
     folder = os.environ.get(data.DATA_VARIABLE)
     if not folder:
         pytest.skip(f"{data.DATA_VARIABLE} is not set")
-    try:
-        loaded = data.load(name, folder)
-    except FileNotFoundError as error:
-        pytest.skip(f"{name} is not in {data.DATA_VARIABLE}: {error}")
+    return Path(folder)
+
+
+def unpacked(pattern: str, target: Path) -> Path:
+    """The content of the real archive of that name."""
+    archives = sorted(real_folder().glob(pattern))
+    if not archives:
+        pytest.skip(f"no {pattern} in {data.DATA_VARIABLE}")
+    with tarfile.open(archives[0]) as archive:
+        archive.extractall(target, filter="data")
+    return target
+
+
+def check_real(loaded: data.ImageData, size: tuple[int, int, int]) -> None:
+    assert loaded.train_images.shape[1:] == loaded.test_images.shape[1:] == size
     assert len(loaded.train_labels.unique()) == loaded.num_classes
     mean, std = loaded.statistics()
     assert all(0.1 < value < 0.9 for value in mean)
     assert all(0.1 < value < 0.5 for value in std)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "test", "size"),
+    [
+        ("cifar10", "cifar10_*.npz", "test", (3, 32, 32)),
+        ("tiny-imagenet", "tinyimagenet*.npz", "val", (3, 64, 64)),
+    ],
+)
+def test_part_of_a_real_npz(
+    tmp_path: Path, name: str, pattern: str, test: str, size: tuple[int, int, int]
+) -> None:
+    paths = sorted(real_folder().glob(pattern))
+    if not paths:
+        pytest.skip(f"no {pattern} in {data.DATA_VARIABLE}")
+    content = {}
+    with np.load(paths[0]) as real:
+        for split in ("train", test):
+            labels, offset = real[f"y_{split}"], real[f"{split}_offset"]
+            # the first two images of each class
+            chosen = np.sort(
+                np.concatenate([np.flatnonzero(labels == label)[:2] for label in np.unique(labels)])
+            )
+            joined = real[f"{split}_jpeg"]
+            files = [joined[offset[index] : offset[index + 1]] for index in chosen]
+            content[f"{split}_jpeg"] = np.concatenate(files)
+            content[f"{split}_offset"] = np.cumsum([0, *map(len, files)])
+            content[f"y_{split}"] = labels[chosen]
+        content["class_names"] = real["class_names"]
+    np.savez(tmp_path / paths[0].name, **content)
+    check_real(data.load(name, tmp_path), size)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "size"),
+    [
+        ("mnist", "mnist*.tar", (1, 28, 28)),
+        ("cifar10", "cifar10_*.tar.xz", (3, 32, 32)),
+        ("cifar100", "cifar100_*.tar.xz", (3, 32, 32)),
+    ],
+)
+def test_real_archive(tmp_path: Path, name: str, pattern: str, size: tuple[int, int, int]) -> None:
+    check_real(data.load(name, unpacked(pattern, tmp_path)), size)
 
 
 def test_an_epoch_is_a_function_of_seed_and_number() -> None:
@@ -233,6 +602,39 @@ def test_an_epoch_is_a_function_of_seed_and_number() -> None:
     plain = list(Batches(images, labels, batch_size=6, max_value=16).epoch())
     assert torch.cat([y for _, y in plain]).tolist() == list(range(20))
     assert plain[1][0][2, 0, 0, 0] == 8 / 16
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_images_stay_where_they_fit(fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, as though it were a GPU: 160 bytes of images fit in 640 free ones."""
+    images, labels = torch.zeros(10, 1, 4, 4, dtype=torch.uint8), torch.arange(10)
+    monkeypatch.setattr(data, "_free_bytes", lambda device: 640 if fits else 639)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
+    batches = Batches(images, labels, batch_size=4, device="meta")
+    assert batches.images.device.type == batches.labels.device.type == ("meta" if fits else "cpu")
+    assert batches.images.dtype == torch.uint8
+
+
+@pytest.mark.cuda
+def test_a_gpu_gives_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        if os.environ.get("BMTARD_REQUIRE_CUDA") == "1":
+            pytest.fail("BMTARD_REQUIRE_CUDA=1 but no CUDA device")
+        pytest.skip("no CUDA device")
+    images = torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8)
+
+    def batches(device: str) -> list[torch.Tensor]:
+        made = Batches(
+            images, torch.arange(50), batch_size=16, device=device, shuffle=True,
+            crop_padding=1, flip=True, seed=3,
+        )  # fmt: skip
+        return [tensor.cpu() for pair in made.epoch(2) for tensor in pair]
+
+    expected = batches("cpu")
+    for free in (2**30, 0):
+        monkeypatch.setattr(data, "_free_bytes", lambda device, free=free: free)
+        for a, b in zip(batches("cuda"), expected, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_augmentation_against_loops() -> None:
