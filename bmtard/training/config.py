@@ -6,13 +6,15 @@ An image lies in [0, 1]; epsilon and step sizes are in that unit.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from bmtard import balance
-from bmtard.data import LOADERS
+from bmtard.data import check_data_name
 from bmtard.models import check_model_name
+from bmtard.training.teachers import Teacher, default_images, parse_teacher
 
 MethodName = Literal["natural", "sat", "trades", "ard", "rslad", "adaad", "mtard", "bmtard"]
 AttackName = Literal[
@@ -146,13 +148,15 @@ class BalanceConfig:
 class TrainConfig:
     """One training run. The defaults are the settings of the published CIFAR-10 script."""
 
-    data: Literal["digits", "mnist", "cifar10", "cifar100", "tiny-imagenet"] = "cifar10"
-    """data set"""
+    data: str = "cifar10"
+    """digits, mnist, fashion-mnist, cifar10, cifar100, tiny-imagenet, folder:PATH with train/CLASS
+    and test/CLASS, or python:NAME for data given in Python"""
     data_dir: Path | None = None
     """folder of its files; default: the environment variable BMTARD_DATA"""
     model: str = "resnet-18"
-    """cnn-WIDTH, strided-cnn-WIDTH, resnet-18, preact-resnet-18, resnet-{20,32,44,56,110},
-    wrn-DEPTH-WIDTH or mobilenet-v2"""
+    """cnn-WIDTH, strided-cnn-WIDTH, resnet-{18,34,50}, preact-resnet-{18,34},
+    resnet-{20,32,44,56,110}, wrn-DEPTH-WIDTH, dm-wrn-DEPTH-WIDTH (DeepMind's), mobilenet-v2, or
+    package.module:function, called with num_classes, for a network of normalised images"""
     method: MethodName = "bmtard"
     """natural and sat train teachers too; ard, rslad and adaad need a robust teacher, mtard and
     bmtard a robust and a clean one"""
@@ -160,6 +164,14 @@ class TrainConfig:
     """checkpoint of a teacher trained on clean images"""
     teacher_robust: Path | None = None
     """checkpoint of a teacher trained on adversarial images"""
+    teacher: tuple[str, ...] = ()
+    """ROLE=PATH[:ARCHITECTURE[:NORMALIZATION]][@clean|@adversarial] of each teacher, roles clean,
+    robust and, in mtard and bmtard, any other. ARCHITECTURE: as model, for a checkpoint from
+    elsewhere. NORMALIZATION: data (mean and std of the training images), none, or
+    MEAN,MEAN,MEAN/STD,STD,STD; default: that in the file. @: the images it sees in mtard and
+    bmtard, by default adversarial for all but the role clean"""
+    check_teachers: bool = True
+    """stop before the first epoch if a teacher gives no logits of these classes or only guesses"""
     epochs: int = 300
     """passes over the training images"""
     batch_size: int = 128
@@ -204,7 +216,8 @@ class TrainConfig:
     """part of an epoch's steps that may be skipped for a non-finite loss before it is an error"""
 
     def __post_init__(self) -> None:
-        require(self, "data", self.data in LOADERS, f"one of {', '.join(LOADERS)}")
+        check_data_name(self.data)
+        _ = self.teachers
         check_model_name(self.model)
         for name in ("epochs", "batch_size", "log_every", "checkpoint_every"):
             require(self, name, getattr(self, name) >= 1, ">= 1")
@@ -216,8 +229,20 @@ class TrainConfig:
     @property
     def folder(self) -> Path:
         """The output folder."""
-        name = f"{self.data}-{self.method}-{self.model}-seed{self.seed}"
+        parts = (self.data, self.method, self.model, f"seed{self.seed}")
+        name = "-".join(re.sub(r"[^\w.-]+", "-", part) for part in parts)
         return self.output or Path("runs") / name
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        """Of ``teacher_clean``, ``teacher_robust`` and ``teacher``, by role."""
+        named = [("clean", self.teacher_clean), ("robust", self.teacher_robust)]
+        given = [Teacher(role=r, path=p, images=default_images(r)) for r, p in named if p]
+        given += [parse_teacher(text) for text in self.teacher]
+        roles = [teacher.role for teacher in given]
+        if twice := [role for role in roles if roles.count(role) > 1]:
+            raise ValueError(f"TrainConfig: teacher {twice[0]} is given twice")
+        return dict(zip(roles, given, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,6 +261,8 @@ class EvaluateConfig:
     """images at a time"""
     limit: int | None = None
     """only so many test images, the first ones"""
+    model: str | None = None
+    """package.module:function of a network that one makes; checkpoints call none by themselves"""
     surrogate: Path | None = None
     """checkpoint of the network on which the transfer attacks are made"""
     square_queries: int = 5000

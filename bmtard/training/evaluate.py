@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bmtard.attacks import Norm, autoattack, check_images, pgd, square
-from bmtard.data import Batches, load
+from bmtard.data import Batches, ImageData, load
 from bmtard.training.checkpoint import load_network
 from bmtard.training.config import EvaluateConfig, to_plain
 
@@ -91,14 +91,22 @@ def weighted(results: dict[str, float]) -> dict[str, float]:
 
 
 def evaluate(
-    path: Path, config: EvaluateConfig, report: Callable[[str, float], None]
+    path: Path,
+    config: EvaluateConfig,
+    report: Callable[[str, float], None],
+    data: ImageData | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint on the test images of its data set and writes the JSON file."""
+    """Evaluates a checkpoint on the test images of its data set and writes the JSON file.
+
+    ``data``: already loaded, else that of the checkpoint.
+    """
     device = resolve_device(config.device)
-    network, state = load_network(path, device)
-    surrogate = load_network(config.surrogate, device)[0] if config.surrogate else None
+    network, state = load_network(path, device, config.model)
+    surrogate: nn.Module | None = None
+    if config.surrogate:
+        surrogate = load_network(config.surrogate, device, config.model)[0]
     trained = state["config"]
-    data = load(trained["data"], config.data_dir or trained["data_dir"])
+    data = data or load(trained["data"], config.data_dir or trained["data_dir"])
     epsilon: float = config.epsilon or trained["attack"]["epsilon"]
     config = replace(config, epsilon=epsilon)
     started = time.perf_counter()

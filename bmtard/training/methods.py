@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from bmtard.attacks import AttackLoss, cross_entropy, kl_from, kl_from_model, pg
 from bmtard.balance import BMTARDLoss, NormalizationLossBalance
 from bmtard.ops import multi_teacher_kl
 from bmtard.training.config import BalanceConfig, TrainConfig
+from bmtard.training.teachers import default_images
 
 Network = Callable[[Tensor], Tensor]
 
@@ -28,13 +29,27 @@ class Method(nn.Module):
 
     needs: ClassVar[tuple[str, ...]] = ()
 
+    @classmethod
+    def roles(cls, given: Sequence[str]) -> tuple[str, ...]:
+        """The teachers that it takes where those ``given`` are there, in its own order."""
+        return cls.needs
+
     def __init__(self, config: TrainConfig, teachers: dict[str, nn.Module]) -> None:
         super().__init__()
-        if missing := [role for role in self.needs if role not in teachers]:
+        roles = self.roles(tuple(teachers))
+        if missing := [role for role in roles if role not in teachers]:
             options = " and ".join(f"--teacher-{role} CHECKPOINT" for role in missing)
             raise ValueError(f"method {config.method} needs {options}")
         self.config = config
-        self._teachers = {role: teachers[role] for role in self.needs}
+        self._teachers = {role: teachers[role] for role in roles}
+        self._images = {
+            role: config.teachers[role].images if role in config.teachers else default_images(role)
+            for role in roles
+        }
+
+    def seen(self) -> list[list[str]]:
+        """Each teacher's role and the images that it sees where a method lets one choose."""
+        return [[role, images] for role, images in self._images.items()]
 
     def teach(self, role: str, x: Tensor) -> Tensor:
         """The logits of a teacher."""
@@ -68,7 +83,7 @@ class Method(nn.Module):
         """Scales the learning rates of the balance, where there is one."""
 
     def observed(self) -> dict[str, Tensor]:
-        """State worth a plot: tensors [K], one entry a teacher in the order of ``needs``."""
+        """State worth a plot: tensors [K], one entry a teacher in the order of ``roles``."""
         return {}
 
 
@@ -171,23 +186,36 @@ class AdaAD(Method):
 
 
 class MTARD(Method):
-    """Two teachers at temperature 1, weighted by :class:`bmtard.NormalizationLossBalance`."""
+    """Teachers at temperature 1, weighted by :class:`bmtard.NormalizationLossBalance`.
+
+    A robust teacher on adversarial and a clean one on clean images; or any K of two or more, each
+    on the images that the configuration names.
+    """
 
     needs = ("robust", "clean")
+
+    @classmethod
+    def roles(cls, given: Sequence[str]) -> tuple[str, ...]:
+        if len(given) < 2:
+            return cls.needs
+        return (*(r for r in cls.needs if r in given), *(r for r in given if r not in cls.needs))
 
     def __init__(self, config: TrainConfig, teachers: dict[str, nn.Module]) -> None:
         super().__init__(config, teachers)
         self.balance = self.build_balance(config.balance)
 
     def build_balance(self, options: BalanceConfig) -> NormalizationLossBalance | BMTARDLoss:
-        return NormalizationLossBalance(2, weight_lr=options.weight_lr)
+        return NormalizationLossBalance(len(self._teachers), weight_lr=options.weight_lr)
 
     def logits(
         self, student: Network, x: Tensor, x_adv: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Of the student and of the teachers, each teacher on its own images."""
-        taught = [self.teach("robust", x_adv), self.teach("clean", x)]
-        return [student(x_adv), student(x)], taught
+        images = {"adversarial": x_adv, "clean": x}
+        taught = [self.teach(role, images[kind]) for role, kind in self._images.items()]
+        # The student answers once to each kind, in the order of the teachers.
+        answers = {kind: student(images[kind]) for kind in dict.fromkeys(self._images.values())}
+        return [answers[kind] for kind in self._images.values()], taught
 
     def loss(self, student: Network, x: Tensor, x_adv: Tensor, labels: Tensor) -> Tensor:
         students, taught = self.logits(student, x, x_adv)
@@ -207,7 +235,7 @@ class BMTARD(MTARD):
 
     def build_balance(self, options: BalanceConfig) -> NormalizationLossBalance | BMTARDLoss:
         return BMTARDLoss(
-            2,
+            len(self._teachers),
             balance=options.mode,
             temperature_bounds=options.temperature_bounds,
             temperature_lr=options.temperature_lr,

@@ -44,11 +44,13 @@ def plot_balance(runs: Mapping[str, Sequence[Path]], output: Path) -> None:
                 # MTARD leaves the temperatures at 1 and does not look at the entropies.
                 if name not in rows[0]:
                     continue
-                for k, role in enumerate(ROLES):
+                count = len(rows[0][name])
+                roles = ROLES if count == 2 else [f"teacher {k + 1}" for k in range(count)]
+                for k, role in enumerate(roles):
                     axes[line][column].plot(
                         epochs,
                         [row[name][k] for row in rows],
-                        color=COLORS[k],
+                        color=COLORS[k] if k < len(COLORS) else f"C{k}",
                         # Balanced entropies lie on top of each other.
                         linestyle="--" if k == 1 and name == "entropies" else "-",
                         linewidth=1.8 if index == 0 else 0.8,

@@ -18,11 +18,13 @@ from bmtard.training.config import TrainConfig, to_plain
 from bmtard.training.evaluate import accuracies, resolve_device, weighted
 from bmtard.training.methods import METHODS, Method
 from bmtard.training.metrics import Display, MetricsLog, Progress
+from bmtard.training.teachers import check_teacher, sample
 
 # What may differ between a run and its continuation without changing its numbers.
 _FREE_FIELDS = {
-    "data_dir", "teacher_clean", "teacher_robust", "device", "output", "overwrite", "resume",
-    "test_attacks", "log_every", "checkpoint_every", "max_skipped", "tensorboard",
+    "data_dir", "teacher_clean", "teacher_robust", "teacher", "check_teachers", "device", "output",
+    "overwrite", "resume", "test_attacks", "log_every", "checkpoint_every", "max_skipped",
+    "tensorboard",
 }  # fmt: skip
 
 
@@ -110,19 +112,20 @@ class Trainer:
             self.student = cast(nn.Module, torch.compile(self.network))
 
     def _build_method(self) -> Method:
+        method, given = METHODS[self.config.method], self.config.teachers
+        roles = method.roles(tuple(given))
+        if useless := [role for role in given if role not in (*roles, "clean", "robust")]:
+            raise ValueError(f"method {self.config.method} has no use for a teacher {useless[0]}")
         teachers: dict[str, nn.Module] = {}
-        for role in METHODS[self.config.method].needs:
-            path: Path | None = getattr(self.config, f"teacher_{role}")
-            if path is None:
+        for role in roles:
+            if role not in given:
                 continue
-            teacher, state = checkpoint.load_network(path, self.device)
-            if state["config"]["data"] != self.config.data:
-                raise ValueError(
-                    f"teacher_{role} {path} was trained on {state['config']['data']}, "
-                    f"the student learns {self.config.data}"
-                )
-            teachers[role] = teacher
-        return METHODS[self.config.method](self.config, teachers).to(self.device)
+            teachers[role] = given[role].load(self.data, self.config.data, self.device)
+            if self.config.check_teachers:
+                images, labels = sample(self.data, 256, self.device)
+                name = f"{role} {given[role].path}"
+                check_teacher(name, teachers[role], images, labels, self.data.num_classes)
+        return method(self.config, teachers).to(self.device)
 
     def run(self) -> TrainResult:
         """Trains to the last epoch, tests, and writes results.json."""
@@ -144,7 +147,7 @@ class Trainer:
             chosen = self.folder / ("best.pt" if self.validation else "last.pt")
             network: nn.Module = self.network
             if self.validation:
-                network = checkpoint.load_network(chosen, self.device)[0]
+                network = checkpoint.load_network(chosen, self.device, config.model)[0]
             results = self._accuracies(
                 network, self.data.test_images, self.data.test_labels, config.test_attacks
             )
@@ -272,6 +275,7 @@ class Trainer:
             "network": self.network_options,
             "model": self.network.state_dict(),
             "method": self.method.state_dict(),
+            "teachers": self.method.seen(),
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
@@ -291,6 +295,9 @@ class Trainer:
             raise ValueError(
                 f"resume: {name} is {now[name]!r}, but {path} was trained with {then.get(name)!r}"
             )
+        seen = self.method.seen()
+        if (saw := state.get("teachers", seen)) != seen:
+            raise ValueError(f"resume: the teachers see {seen}, but in {path} they saw {saw}")
         self.network.load_state_dict(state["model"])
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -350,7 +350,7 @@ def test_trades_attacks_its_own_clean_logits(
     [
         (lambda: TrainConfig(epochs=0), "TrainConfig: epochs must be >= 1, got 0"),
         (lambda: TrainConfig(model="vgg"), "model must be one of .* got 'vgg'"),
-        (lambda: TrainConfig(data="svhn"), "data must be one of digits, .* got 'svhn'"),
+        (lambda: TrainConfig(data="svhn"), "data set must be one of digits, .* got 'svhn'"),
         (lambda: AttackConfig(epsilon=0), "AttackConfig: epsilon must be finite and > 0, got 0"),
         (lambda: OptimizerConfig(milestones=(0.9, 0.5)), "milestones must be ascending"),
         (lambda: OptimizerConfig(lr=math.nan), "lr must be finite and > 0, got nan"),
