@@ -123,11 +123,10 @@ class Batches:
         if batch_size < 1:
             raise ValueError(f"Batches: batch_size must be >= 1, got {batch_size}")
         self.device = torch.device(device)
-        if self.device.type != "cpu":
-            if images.nbytes <= _free_bytes(self.device) // 4:
-                images, labels = images.to(self.device), labels.to(self.device)
-            else:
-                images, labels = images.pin_memory(), labels.pin_memory()
+        if images.nbytes <= _free_bytes(self.device) // 4:
+            images, labels = images.to(self.device), labels.to(self.device)
+        elif self.device.type == "cuda":
+            images, labels = images.pin_memory(), labels.pin_memory()
         self.images, self.labels = images, labels
         self.batch_size = min(batch_size, len(images))
         self.max_value = max_value
@@ -159,6 +158,7 @@ class Batches:
 
 
 def _free_bytes(device: torch.device) -> int:
+    """Of a GPU; 0 where images are not moved."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
@@ -400,6 +400,8 @@ def from_dataset(
 def _to_uint8(image: Any, where: str) -> Tensor:
     """Any image of :func:`from_dataset` -> uint8 [c, h, w]."""
     if not isinstance(image, Tensor):
+        if getattr(image, "mode", "RGB") not in ("L", "RGB"):  # of Pillow: palettes, alpha, bits
+            image = image.convert("RGB")
         array = np.asarray(image)
         if array.dtype.kind not in "uif" or array.ndim not in (2, 3):
             raise TypeError(f"{where}: need a tensor, an array or an image, got {type(image)}")

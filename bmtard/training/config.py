@@ -159,7 +159,7 @@ class TrainConfig:
     package.module:function, called with num_classes, for a network of normalised images"""
     method: MethodName = "bmtard"
     """natural and sat train teachers too; ard, rslad and adaad need a robust teacher, mtard and
-    bmtard a robust and a clean one"""
+    bmtard a robust and a clean one, or any two or more"""
     teacher_clean: Path | None = None
     """checkpoint of a teacher trained on clean images"""
     teacher_robust: Path | None = None

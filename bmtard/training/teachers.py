@@ -99,7 +99,7 @@ def parse_teacher(text: str) -> Teacher:
             raise ValueError(f"teacher {role}: {error}") from None
     return Teacher(
         role=role,
-        path=Path(match["path"]),
+        path=Path(match["path"]).expanduser(),  # no shell does it after "="
         architecture=architecture,
         normalization=match["normalization"],
         images=cast(Images, match["images"] or default_images(role)),

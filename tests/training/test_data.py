@@ -327,6 +327,9 @@ def test_from_dataset() -> None:
         assert torch.equal(loaded.train_images, planes), name
         assert loaded.train_labels.tolist() == [0, 2, 1, 0]
         assert (loaded.test_labels.tolist(), loaded.num_classes) == ([2], 3)
+    palette = Image.fromarray(pixels[0]).quantize(30)
+    colours = data.from_dataset(Pairs([palette], [2]), test).train_images[0]
+    assert np.array_equal(colours.permute(1, 2, 0).numpy(), np.asarray(palette.convert("RGB")))
     gray = data.from_dataset(Pairs([pixels[0, :, :, 0]], [0]), Pairs([planes[0, :1]], [0]))
     assert gray.train_images.shape == gray.test_images.shape == (1, 1, 6, 5)
     assert data.from_dataset(test, test, num_classes=9).num_classes == 9
@@ -609,7 +612,6 @@ def test_images_stay_where_they_fit(fits: bool, monkeypatch: pytest.MonkeyPatch)
     """On the meta device, as though it were a GPU: 160 bytes of images fit in 640 free ones."""
     images, labels = torch.zeros(10, 1, 4, 4, dtype=torch.uint8), torch.arange(10)
     monkeypatch.setattr(data, "_free_bytes", lambda device: 640 if fits else 639)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
     batches = Batches(images, labels, batch_size=4, device="meta")
     assert batches.images.device.type == batches.labels.device.type == ("meta" if fits else "cpu")
     assert batches.images.dtype == torch.uint8
