@@ -1,5 +1,1 @@
-"""Microbenchmarks of bmtard's ops against what they replace; see README.md in this folder.
-
-Runs as ``bmtard bench``, ``python -m benchmarks`` and ``make bench``. In the wheel this package is
-``bmtard.benchmarks``.
-"""
+"""How to run and read the microbenchmarks, and results; the code is in bmtard/benchmarks."""

@@ -1,8 +1,8 @@
-"""``python -m benchmarks`` and ``python -m bmtard.benchmarks``."""
+"""``python -m benchmarks`` in a checkout: the same as ``bmtard bench``."""
 
 import sys
 
-from .cli import main
+from bmtard.benchmarks.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -88,8 +88,15 @@ def _demo(arguments: list[str]) -> None:
 
 def _bench(arguments: list[str]) -> int:
     """time the ops against what they replace, on this machine"""
-    from bmtard.benchmarks.cli import bench
-
+    try:
+        from bmtard.benchmarks.cli import bench
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("bmtard.benchmarks"):
+            raise
+        raise ImportError(
+            f"{Path(__file__).parent} has no {error.name}: this installation is incomplete; "
+            "install bmtard again"
+        ) from error
     return bench(arguments, "bmtard bench")
 
 

@@ -89,11 +89,6 @@ def only_simt_has_intrinsics(path: PurePosixPath, text: str) -> Iterator[str]:
         yield from (f"uses {name}" for name in sorted(set(DEVICE_INTRINSIC.findall(code_of(text)))))
 
 
-def in_package(path: PurePosixPath) -> PurePosixPath:
-    """benchmarks/ is the package bmtard.benchmarks, by a link."""
-    return PurePosixPath("bmtard") / path if path.parts[0] == "benchmarks" else path
-
-
 def module_of(path: PurePosixPath) -> str:
     """bmtard/balance.py -> balance; bmtard/ops/pgd_step.py -> ops."""
     return PurePosixPath(path.parts[1]).stem
@@ -112,7 +107,6 @@ def imports(path: PurePosixPath, nodes: list[ast.AST]) -> Iterator[str]:
 
 def imports_point_down(path: PurePosixPath, text: str) -> Iterator[str]:
     """A module imports bmtard modules of its own layer or below."""
-    path = in_package(path)
     if path.parts[0] != "bmtard" or path.suffix != ".py":
         return
     module = module_of(path)
@@ -128,7 +122,6 @@ def imports_point_down(path: PurePosixPath, text: str) -> Iterator[str]:
 def core_needs_torch_and_numpy_only(path: PurePosixPath, text: str) -> Iterator[str]:
     """What `import bmtard` and `bmtard bench` load imports the standard library, torch and numpy
     at its top."""
-    path = in_package(path)
     if path.parts[0] == "bmtard" and module_of(path) in CORE_MODULES | {"benchmarks"}:
         for name in imports(path, ast.parse(text).body):
             if name.split(".")[0] not in RUNTIME:
@@ -194,17 +187,17 @@ RULES: list[tuple[Rule, tuple[str, str], tuple[str, str]]] = [
     (
         imports_point_down,
         ("bmtard/ops/a.py", "from bmtard.benchmarks import spec"),
-        ("benchmarks/ops/a.py", "from bmtard.training import report\nfrom ..spec import Op"),
+        ("bmtard/benchmarks/ops/a.py", "from bmtard.training import report\nfrom ..spec import Op"),
     ),
     (
         imports_point_down,
-        ("benchmarks/ops/a.py", "from bmtard.cli import main"),
+        ("bmtard/benchmarks/ops/a.py", "from bmtard.cli import main"),
         ("bmtard/cli.py", "from bmtard.benchmarks import cli"),
     ),
     (
         core_needs_torch_and_numpy_only,
-        ("benchmarks/providers/a.py", "import sklearn"),
-        ("benchmarks/table.py", "from .spec import Op\ndef f():\n  import rich"),
+        ("bmtard/benchmarks/providers/a.py", "import sklearn"),
+        ("bmtard/benchmarks/table.py", "from .spec import Op\ndef f():\n  import rich"),
     ),
     (
         core_needs_torch_and_numpy_only,

@@ -336,11 +336,21 @@ def test_plain_tables_without_rich_and_a_clear_error_without_matplotlib(tmp_path
     assert "pip install 'bmtard[train]'" in done.stderr
 
 
-def test_module_and_package_run_alike():
+def test_module_and_folder_run_alike():
+    checkout = Path(__file__).resolve().parents[2]
     for module in ("bmtard.benchmarks", "benchmarks"):
-        if module == "benchmarks" and not (Path.cwd() / "benchmarks" / "__main__.py").is_file():
-            continue  # an installed wheel has no such folder
+        if module == "benchmarks" and not (checkout / "benchmarks" / "__main__.py").is_file():
+            continue  # tools/test_wheel.py copies the tests alone
         done = subprocess.run(
-            [sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True
-        )
+            [sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True,
+            cwd=checkout,
+        )  # fmt: skip
         assert "ops: bisect_temperature" in done.stdout
+
+
+def test_missing_package_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bmtard.benchmarks.cli", None)
+    assert main(["bench", "--quick"]) == 2
+    error = capsys.readouterr().err
+    assert "has no bmtard.benchmarks.cli: this installation is incomplete" in error
+    assert error.count("\n") == 1
