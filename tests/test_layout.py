@@ -128,6 +128,14 @@ def core_needs_torch_and_numpy_only(path: PurePosixPath, text: str) -> Iterator[
                 yield f"imports {name}"
 
 
+def benchmarks_point_down(path: PurePosixPath, text: str) -> Iterator[str]:
+    """In bmtard/benchmarks the providers import the ops, and the ops no provider."""
+    if path.match("bmtard/benchmarks/*.py") or path.match("bmtard/benchmarks/ops/*.py"):
+        for name in imports(path, list(ast.walk(ast.parse(text)))):
+            if name.startswith("bmtard.benchmarks.providers"):
+                yield f"imports {name}"
+
+
 def version_stands_once(path: PurePosixPath, text: str) -> Iterator[str]:
     """The version of bmtard is written in pyproject.toml and nowhere else."""
     if path.name != "pyproject.toml" and not path.match("tests/*"):
@@ -198,6 +206,11 @@ RULES: list[tuple[Rule, tuple[str, str], tuple[str, str]]] = [
         core_needs_torch_and_numpy_only,
         ("bmtard/benchmarks/providers/a.py", "import sklearn"),
         ("bmtard/benchmarks/table.py", "from .spec import Op\ndef f():\n  import rich"),
+    ),
+    (
+        benchmarks_point_down,
+        ("bmtard/benchmarks/ops/a.py", "def f():\n  from ..providers import eager"),
+        ("bmtard/benchmarks/providers/b.py", "from .eager import entropy\nfrom ..ops import a"),
     ),
     (
         core_needs_torch_and_numpy_only,

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 import bmtard
 from bmtard.attacks import pgd
 
-from ..ops import bmtard_loss, pgd_step, step
+from .. import training_step
+from ..ops import bmtard_loss, pgd_step
 from ..ops.bisect_temperature import SearchInputs
 from ..ops.bmtard_loss import HeadInputs
 from ..ops.multi_teacher_kl import KLInputs
 from ..ops.pgd_step import StepInputs
 from ..ops.softmax_entropy import EntropyInputs
-from ..ops.step import StepInputs as TrainingInputs
-from ..ops.step import TrainingStep
 from ..spec import Function, Outputs, Provider, Spec
+from ..training_step import TrainingInputs, TrainingStep
 
 
 class FusedStep(TrainingStep):
@@ -37,9 +37,9 @@ class FusedStep(TrainingStep):
             student,
             inputs.x,
             inputs.labels,
-            epsilon=step.EPSILON,
-            step_size=step.STEP_SIZE,
-            steps=step.STEPS,
+            epsilon=training_step.EPSILON,
+            step_size=training_step.STEP_SIZE,
+            steps=training_step.STEPS,
             random_start="gaussian",
         )
 

@@ -19,6 +19,7 @@ from ..ops.bmtard_loss import BOUNDS, TEMPERATURE_LR, HeadInputs
 from ..ops.multi_teacher_kl import KLInputs
 from ..ops.pgd_step import StepInputs
 from ..ops.softmax_entropy import EntropyInputs
+from ..published import published_losses
 from ..spec import Function, Outputs, Provider, Spec, missing_package
 from .eager import (
     BisectHead,
@@ -27,7 +28,6 @@ from .eager import (
     entropy,
     halve_batch,
     halve_rows,
-    published_losses,
     search,
 )
 

@@ -8,8 +8,8 @@ from importlib import import_module
 import torch
 
 from ..ops.multi_teacher_kl import KLInputs
+from ..published import wide
 from ..spec import Function, Outputs, Provider, Spec, missing_package
-from .eager import wide
 
 
 class Liger(Provider):
