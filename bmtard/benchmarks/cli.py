@@ -14,7 +14,8 @@ import torch
 from . import compare, plots, table
 from .report import Report, load
 from .spec import DTYPES, PASSES, catalogue
-from .suite import Selection, run
+from .suite import REFERENCE, TOLERANCE, Selection, run
+from .timing import LAST
 
 BUSY = 0.3
 """Load for each core, when the run begins, above which it is noted."""
@@ -59,12 +60,14 @@ def parser(prog: str) -> argparse.ArgumentParser:
     made.add_argument("--plot", type=Path, metavar="DIR", help="draw it here")
     made.add_argument(
         "--compare", type=Path, nargs="+", metavar=("OLD.json", "NEW.json"),
-        help="name what became slower since OLD; exit status 1 if anything did. With NEW nothing "
-        "is measured",
+        help="name what became slower since OLD; exit status 1 if anything did, 3 if the "
+        "measurements are too uncertain to tell. With NEW nothing is measured",
     )  # fmt: skip
     made.add_argument(
-        "--tolerance", type=float, default=0.1, help="of --compare; default 0.1 (10 %%)"
-    )
+        "--tolerance", type=float, default=TOLERANCE,
+        help="what --compare lets pass; measuring goes on until the intervals of the ratios are as "
+        f"narrow, up to {LAST} times as long; default {TOLERANCE} (10 %%)",
+    )  # fmt: skip
     return made
 
 
@@ -81,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def bench(arguments: list[str], prog: str) -> int:
-    """Runs the command. Exit status 1: a wrong provider, bmtard failed, or a regression."""
+    """Runs the command. Exit status 1: a provider was wrong, bmtard failed or became slower; 3:
+    nothing is known to be slower, but the intervals are too wide for the tolerance."""
     options = parser(prog).parse_args(arguments)
     _check(options)
     display = table.Display()
@@ -110,7 +114,8 @@ def bench(arguments: list[str], prog: str) -> int:
     status = int(bool(report.wrong) or any(r.provider == "bmtard" for r in report.failed))
     if old is not None:
         comparison = compare.compare(old, report, options.tolerance)
-        status = max(status, _show_comparison(display, comparison))
+        compared = _show_comparison(display, comparison)
+        status = status or compared
     return status
 
 
@@ -145,15 +150,16 @@ def _measure(options: argparse.Namespace, display: table.Display, command: str) 
         device=torch.device(options.device),
         max_memory=None if options.max_memory is None else int(options.max_memory * 2**30),
         seconds=options.seconds,
+        tolerance=options.tolerance,
         sweep=options.sweep,
     )
     with display:
         report = run(selection, ops, providers, command=command, progress=display.advance)
-    _show(display, report)
+    _show(display, report, options.tolerance)
     return report
 
 
-def _show(display: table.Display, report: Report) -> None:
+def _show(display: table.Display, report: Report, tolerance: float) -> None:
     machine = report.machine
     name = machine.get("gpu", f"{machine['processor']}, {report.threads} thread(s)")
     display.line(
@@ -174,6 +180,13 @@ def _show(display: table.Display, report: Report) -> None:
         display.table(table.phases_table(steps))
     for line in table.problems(report):
         display.line(line)
+    ratios = [r.best.ratio for r in timed if r.measures and r.provider != REFERENCE]
+    wide = sum(ratio is not None and not ratio.within(tolerance) for ratio in ratios)
+    if wide:
+        display.line(
+            f"note: {wide} of {len(ratios)} ratios have intervals wider than "
+            f"{100 * tolerance:g} %; --seconds measures longer"
+        )
     display.line(
         f"{sum(bool(r.measures) for r in timed)} measurements in {report.seconds:.0f} s; "
         "ratios are times over bmtard's, with their 99 % intervals"
@@ -181,10 +194,10 @@ def _show(display: table.Display, report: Report) -> None:
 
 
 def _show_comparison(display: table.Display, comparison: compare.Comparison) -> int:
-    for warning in comparison.warnings:
-        display.line(f"note: {warning}")
+    """Returns the exit status."""
+    for note in comparison.notes():
+        display.line(f"note: {note}")
     display.table(compare.comparison_table(comparison))
-    slower = comparison.having("slower")
-    if slower:
-        display.line(f"{len(slower)} measurement(s) slower than before")
-    return int(bool(slower))
+    for conclusion in comparison.conclusions():
+        display.line(conclusion)
+    return comparison.status

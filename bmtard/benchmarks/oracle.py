@@ -87,8 +87,8 @@ def differs(
 ) -> str:
     """Where ``got`` is off by more than rtol |expected| + of_largest max |expected|, or "".
 
-    NaN is off. One unit of the dtype's smallest numbers is allowed as well: unscaled float16
-    gradients of a mean over many numbers are not much more. Compared in float64, in chunks.
+    NaN is off. The dtype's smallest number is allowed on top: a float16 gradient of a mean over
+    many numbers is hardly larger, unless the loss is scaled. Compared in float64, in chunks.
     """
     if got.shape != expected.shape:
         return f"{name} has shape {list(got.shape)}, not {list(expected.shape)}"

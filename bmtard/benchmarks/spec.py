@@ -52,9 +52,9 @@ class Inputs:
     """Base of the inputs of an op."""
 
     leaves: tuple[Tensor, ...] = ()
-    """What gradients are taken for."""
+    """The tensors whose gradients are taken."""
     upstream: tuple[Tensor, ...] = ()
-    """The gradients by the first outputs; the other outputs are not differentiated."""
+    """The gradients of a loss by the first outputs; the other outputs are not differentiated."""
 
     def tensors(self) -> list[Tensor]:
         """Every tensor among the fields."""
@@ -94,7 +94,7 @@ class Op(ABC):
     def inputs(self, spec: Spec, seed: int) -> Inputs: ...
 
     def preset_passes(self, preset: str) -> tuple[str, ...]:
-        """The passes that nobody asked for by name; the last of ``passes`` is the whole op."""
+        """The passes to measure where --pass names none; the last of ``passes`` is the whole op."""
         if preset == "full":
             return self.passes
         return self.passes[-1:] if preset == "quick" else (self.passes[0], self.passes[-1])

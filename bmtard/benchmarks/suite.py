@@ -6,7 +6,7 @@ import datetime
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -34,6 +34,8 @@ from .timing import (
 )
 
 REFERENCE = "bmtard"
+TOLERANCE = 0.1
+"""Of a ratio, relative."""
 HALF_SHAPE = "imagenet"
 PEERS = ("liger_kernel", "quack-kernels", "scikit-learn", "triton", "numpy")
 
@@ -47,6 +49,13 @@ class Preset:
     half: tuple[str, ...] = ()
     """Dtypes beyond those, on the shape HALF_SHAPE alone."""
     sweep: bool
+    tolerance: float = TOLERANCE
+    """Measuring goes on until the intervals of the ratios are this narrow."""
+
+    def adapted(self, selection: Selection) -> Preset:
+        """With what the selection says of time and tolerance."""
+        seconds = self.seconds if selection.seconds is None else selection.seconds
+        return replace(self, seconds=seconds, tolerance=selection.tolerance)
 
     def dtypes_of(self, shape: Shape) -> tuple[str, ...]:
         return self.dtypes + (self.half if shape.name == HALF_SHAPE else ())
@@ -59,7 +68,7 @@ PRESETS = {
     ),
     "full": Preset(seconds=3.0, min_rounds=31, dtypes=tuple(DTYPES), sweep=True),
 }
-SWEEP = Preset(seconds=0.12, min_rounds=7, dtypes=("float32",), sweep=True)
+SWEEP = Preset(seconds=0.12, min_rounds=8, dtypes=("float32",), sweep=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +86,7 @@ class Selection:
     max_memory: int | None = None
     """Bytes that one case may need; by default half of what is free."""
     seconds: float | None = None
+    tolerance: float = TOLERANCE
     sweep: bool | None = None
 
 
@@ -97,7 +107,7 @@ def choose(selection: Selection, ops: dict[str, Op], providers: dict[str, Provid
     """The groups of a run, in order. Raises ValueError where the selection makes no sense."""
     _check_names("--op", selection.ops, ops)
     _check_names("--provider", selection.providers, providers)
-    preset = PRESETS[selection.preset]
+    preset = PRESETS[selection.preset].adapted(selection)
     chosen = [
         op
         for op in ops.values()
@@ -174,7 +184,7 @@ def _sweep_groups(
                 dtype=dtype,
                 passes=passes,
                 providers=offered,
-                preset=SWEEP,
+                preset=SWEEP.adapted(selection),
             )
 
 
@@ -231,7 +241,7 @@ def run(
         text = f"{group.op.name} {shape.name} {shape} {group.dtype}"
         progress(index, len(groups), text)
         limit = selection.max_memory or free_memory(device) // 2
-        report.records += measure_group(group, providers, selection.seconds, limit, timer)
+        report.records += measure_group(group, providers, limit, timer)
         if timer is not None:
             torch.cuda.empty_cache()
     report.seconds = round(time.perf_counter() - began, 1)
@@ -289,7 +299,6 @@ def absent_records(
 def measure_group(
     group: Group,
     providers: dict[str, Provider],
-    seconds: float | None,
     max_memory: int,
     timer: CudaTimer | None,
 ) -> list[Record]:
@@ -319,7 +328,7 @@ def measure_group(
             )
         return list(records.values())
     try:
-        check_and_measure(group, records, providers, seconds, timer)
+        check_and_measure(group, records, providers, timer)
     except torch.OutOfMemoryError as error:  # of a device; the kernel kills on the CPU
         for record in records.values():
             if record.status == "ok" and not record.measures:
@@ -331,7 +340,6 @@ def check_and_measure(
     group: Group,
     records: dict[tuple[str, str], Record],
     providers: dict[str, Provider],
-    seconds: float | None,
     timer: CudaTimer | None,
 ) -> None:
     """Fills the records, by pass and provider, of one group."""
@@ -352,9 +360,8 @@ def check_and_measure(
                 record.status = "wrong"
             else:
                 functions[name] = function
-        limit = group.preset.seconds if seconds is None else seconds
         pass_records = {name: records[pass_, name] for name in functions}
-        measure(group, functions, pass_records, inputs, pass_, limit, timer)
+        measure(group, functions, pass_records, inputs, pass_, timer)
 
 
 def check(op: Op, expected: Any, inputs: Inputs, function: Function, pass_: str) -> str:
@@ -377,13 +384,12 @@ def measure(
     records: dict[str, Record],
     inputs: Inputs,
     pass_: str,
-    seconds: float,
     timer: CudaTimer | None,
 ) -> None:
     """Fills the records of the providers that are right."""
 
     def timed(measure: str, blocks: dict[str, Block]) -> None:
-        for name, each in collect(blocks, seconds, group.preset.min_rounds).items():
+        for name, each in collect(blocks, group.preset).items():
             records[name].measures[measure] = each
 
     if timer is None:
@@ -408,7 +414,7 @@ def measure(
     for name, function in functions.items():
         phases = getattr(function, "phases", None)
         if phases is not None:
-            records[name].phases_ms = phases(inputs, seconds)
+            records[name].phases_ms = phases(inputs, group.preset.seconds)
 
 
 def cold_inputs(group: Group, inputs: Inputs, timer: CudaTimer) -> list[Inputs]:
@@ -445,8 +451,18 @@ def graph_blocks(
     return blocks
 
 
-def collect(blocks: dict[str, Block], seconds: float, min_rounds: int) -> dict[str, Measure]:
-    times = interleave(blocks, seconds=seconds, min_rounds=min_rounds) if blocks else {}
+def collect(blocks: dict[str, Block], preset: Preset) -> dict[str, Measure]:
+    def precise(times: dict[str, list[float]]) -> bool:
+        others = [values for name, values in times.items() if name != REFERENCE]
+        return REFERENCE not in times or all(
+            paired_ratio(values, times[REFERENCE]).within(preset.tolerance) for values in others
+        )
+
+    times = {}
+    if blocks:
+        times = interleave(
+            blocks, seconds=preset.seconds, min_rounds=preset.min_rounds, precise=precise
+        )
     reference = times.get(REFERENCE)
     return {
         name: Measure(

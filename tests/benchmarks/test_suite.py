@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from bmtard.benchmarks.shapes import draw
 from bmtard.benchmarks.spec import DTYPES, Shape, Spec, catalogue
 from bmtard.benchmarks.suite import Selection, choose
 from bmtard.benchmarks.table import problems
+from bmtard.benchmarks.training_step import PHASES, TrainingStep
 
 CPU = torch.device("cpu")
 OPS, PROVIDERS = catalogue()
@@ -121,9 +123,28 @@ def test_training_steps_agree():
         not torch.equal(a, b) for a, b in zip(before, function.student.parameters(), strict=True)
     ]
     assert any(moved)
-    phases = function.phases(inputs, 0.0)
-    assert phases["head"] > 0
-    assert phases["attack"] > phases["optimizer"]
+    assert set(function.phases(inputs, 0.0)) == set(PHASES)
+
+
+def test_phases_of_a_step_are_told_apart(machine):
+    """Each is the median over steps; what passes between two steps belongs to none."""
+    steps = iter(range(1, 100))
+
+    class Step(TrainingStep):
+        def __call__(self, inputs, mark):
+            step = next(steps)
+            for number, phase in enumerate(PHASES, 1):
+                machine.work(step * number)
+                mark(phase)
+            machine.work(1000.0)
+
+        attack = head = state = None
+
+    inputs = SimpleNamespace(x=torch.zeros(1))
+    # Five steps of 1000 s and more are the first to pass 5000 s.
+    assert Step().phases(inputs, 5000.0) == {
+        phase: 3 * 1e3 * number for number, phase in enumerate(PHASES, 1)
+    }
 
 
 class Wrong(Bmtard):

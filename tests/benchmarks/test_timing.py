@@ -4,12 +4,13 @@ import contextlib
 import random
 import time
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bmtard.benchmarks import timing
+from bmtard.benchmarks import suite, timing
 from bmtard.benchmarks.cuda import CudaTimer, copies_for_cold, count_events, per_call
 from bmtard.benchmarks.providers.bmtard import Bmtard
 from bmtard.benchmarks.spec import Shape, Spec, catalogue
@@ -54,13 +55,67 @@ def test_fast_functions_get_more_calls_in_a_block():
     assert calls == {"fast": 100, "slow": 1}
 
 
-def test_slow_rounds_are_few():
-    def slow(count):
-        time.sleep(0.02)
-        return 0.02 * count
+@pytest.mark.parametrize(
+    ("seconds", "rounds"),
+    [
+        (40.0, 20),  # of 2 s
+        (6.0, 15),  # min_rounds
+        (4.0, 10),  # PATIENCE * 4 s
+        (1.0, timing.FEWEST_ROUNDS),
+        (4000.0, timing.MAX_ROUNDS),
+    ],
+)
+def test_rounds_within_the_time(machine, seconds, rounds):
+    times = interleave({"slow": machine.block(2.0)}, seconds=seconds, min_rounds=15)
+    assert len(times["slow"]) == rounds
 
-    times = interleave({"slow": slow}, seconds=0.01, min_rounds=50)
-    assert timing.FEWEST_ROUNDS <= len(times["slow"]) < 10
+
+def test_rounds_go_on_until_they_are_precise(machine):
+    looks = []
+
+    def precise(times):
+        looks.append(len(times["slow"]))
+        return looks[-1] >= 25
+
+    times = interleave({"slow": machine.block(2.0)}, seconds=20.0, min_rounds=5, precise=precise)
+    assert looks == [10, 13, 17, 22, 28]
+    assert len(times["slow"]) == 28
+    never = interleave(
+        {"slow": machine.block(2.0)}, seconds=20.0, min_rounds=5, precise=lambda times: False
+    )
+    assert len(never["slow"]) == timing.LAST * 20 / 2
+
+
+def test_warm_up_is_not_counted(machine):
+    blocks = iter([1e-3, 1e-3, 9.0, 9.0, *[1e-3] * 100])
+
+    def block(calls):
+        machine.work(1.0)
+        return next(blocks)
+
+    times = interleave({"fast": block}, seconds=30.0, min_rounds=3)
+    assert set(times["fast"]) == {1e-3}
+    assert len(times["fast"]) == 28
+
+
+@pytest.mark.parametrize("busy", [0.0, 0.4])
+def test_busy_machine_is_measured_longer(machine, busy):
+    machine.busy = busy
+    blocks = {"bmtard": machine.block(2e-3), "eager": machine.block(6e-3)}
+    measures = suite.collect(blocks, replace(suite.PRESETS["quick"], seconds=0.1))
+    ratio = measures["eager"].ratio
+    assert ratio.within(0.1)
+    assert ratio.low <= 3 <= ratio.high
+    rounds = measures["eager"].rounds
+    assert rounds == 11 if busy == 0 else rounds > 30
+
+
+def test_hopeless_noise_ends(machine):
+    machine.busy = 0.9
+    blocks = {"bmtard": machine.block(2e-3), "eager": machine.block(6e-3)}
+    measures = suite.collect(blocks, replace(suite.PRESETS["quick"], seconds=0.1))
+    assert not measures["eager"].ratio.within(0.1)
+    assert machine.now < 1.1 * timing.LAST * 0.1
 
 
 def test_interval_holds_the_median_as_often_as_it_says():
@@ -88,6 +143,18 @@ def test_few_rounds_give_the_whole_range():
     assert (ratio.low, ratio.median, ratio.high) == (1.0, 2.0, 3.0)
 
 
+def test_fewest_rounds_are_enough_for_the_confidence():
+    """The range of n values misses the median where all lie on one side of it."""
+    missed = [2 / 2**n for n in (timing.FEWEST_ROUNDS - 1, timing.FEWEST_ROUNDS)]
+    assert missed[0] > 1 - timing.CONFIDENCE >= missed[1]
+
+
+def test_width_of_an_interval():
+    ratio = timing.Ratio(low=2.0, median=2.1, high=2.2)
+    assert ratio.within(0.1)
+    assert not ratio.within(0.09)
+
+
 def test_drift_that_hits_all_cancels():
     drift = [1 + 0.05 * i for i in range(30)]
     ratio = paired_ratio([2 * d for d in drift], drift)
@@ -100,35 +167,45 @@ def test_quantiles():
     assert quantile([7.0], 0.8) == 7.0
 
 
-def test_backward_block_times_the_gradient_alone():
-    class Inputs(SimpleNamespace):
-        pass
-
+def test_block_times_what_its_pass_says(machine):
     x = torch.ones(4, requires_grad=True)
-    inputs = Inputs(leaves=(x,), upstream=(torch.ones(4),))
+    inputs = SimpleNamespace(leaves=(x,), upstream=(torch.ones(4),))
 
-    def function(_):
-        time.sleep(0.005)
-        return (2 * x,)
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            machine.work(5.0)
+            return 2 * value
+
+        @staticmethod
+        def backward(ctx, grad):
+            machine.work(7.0)
+            return 2 * grad
 
     seconds = {
-        p: timing.plain_block(function, inputs, p, time.perf_counter)(3)
-        for p in ("both", "backward")
+        p: timing.plain_block(lambda _: (Double.apply(x),), inputs, p, machine.clock)(3)
+        for p in ("forward", "backward", "both")
     }
-    assert seconds["both"] >= 0.015
-    assert seconds["backward"] < 0.005
+    assert seconds == {"forward": 15.0, "backward": 21.0, "both": 36.0}
+
+
+def test_block_waits_for_the_device(machine):
+    launched = []
+
+    def synchronize():
+        machine.work(2.0 * len(launched))
+        launched.clear()
+
+    block = timing.plain_block(
+        lambda _: launched.append(1), None, "forward", machine.clock, synchronize
+    )
+    assert block(3) == 6.0
 
 
 def test_one_thread_is_timed_without_the_time_of_others():
-    name, clock = timing.cpu_clock()
-    start = clock()
-    time.sleep(0.05)
-    assert (name, clock() - start < 0.04) == ("cpu_time", True)
+    assert timing.cpu_clock() == ("cpu_time", time.process_time)
     torch.set_num_threads(2)  # the fixture sets it back
-    name, clock = timing.cpu_clock()
-    start = clock()
-    time.sleep(0.05)
-    assert (name, clock() - start >= 0.05) == ("wall", True)
+    assert timing.cpu_clock() == ("wall", time.perf_counter)
 
 
 def test_worst_step_finds_a_cliff():
@@ -137,10 +214,15 @@ def test_worst_step_finds_a_cliff():
     assert worst_step([(5, 1.0)]) == (0, 0, 0.0)
 
 
-def test_copy_bandwidth_and_peak_are_plausible():
+def test_copy_bandwidth_and_peak_count_bytes_and_operations(monkeypatch):
     cpu = torch.device("cpu")
-    assert 1e8 < timing.copy_bandwidth(cpu, nbytes=1 << 20, seconds=0.01) < 1e13
-    assert 1e8 < timing.peak_flops(cpu, size=64, seconds=0.01) < 1e14
+    seconds = iter(range(1000))  # a clock that each look moves by one
+    ticking = SimpleNamespace(
+        perf_counter=lambda: next(seconds), process_time=lambda: next(seconds)
+    )
+    monkeypatch.setattr(timing, "time", ticking)
+    assert timing.copy_bandwidth(cpu, nbytes=1 << 20, seconds=50) == 2 << 20
+    assert timing.peak_flops(cpu, size=64, seconds=50) == 2 * 64**3
     assert timing.free_memory(cpu) > 1 << 20
 
 
@@ -292,11 +374,10 @@ def test_group_on_the_stand_in_fills_every_column(monkeypatch):
     timer = CudaTimer(torch.device("cpu"), FakeCuda(l2_bytes=400))
     counts = SimpleNamespace(kernels=1.0, copies=0.0, waits=0.0)
     monkeypatch.setattr(timer, "counts", lambda once: once() and counts)
-    from bmtard.benchmarks.suite import PRESETS, Group
-
-    group = Group(op=op, spec=case, dtype="float32", passes=("forward", "both"),
-                  providers=("bmtard", "eager"), preset=PRESETS["quick"])  # fmt: skip
-    records = measure_group(group, catalogue()[1], 0.01, 1 << 30, timer)
+    preset = replace(suite.PRESETS["quick"], seconds=0.01)
+    group = suite.Group(op=op, spec=case, dtype="float32", passes=("forward", "both"),
+                        providers=("bmtard", "eager"), preset=preset)  # fmt: skip
+    records = measure_group(group, catalogue()[1], 1 << 30, timer)
     assert len(records) == 4
     for record in records:
         assert record.status == "ok", record.reason

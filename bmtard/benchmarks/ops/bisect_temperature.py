@@ -14,7 +14,7 @@ from ..shapes import LogitsOp, draw
 from ..spec import EXP_FLOPS, Inputs, Outputs, Spec
 
 EVALUATIONS = 4
-"""Of the entropy, as the fastest search needs them; for the count of operations."""
+"""Of the entropy in the fastest search: it gives the number of operations."""
 
 
 @dataclass(kw_only=True)

@@ -25,7 +25,7 @@ from ..published import PublishedHead, PublishedStep, wide
 from ..spec import Function, Outputs, Provider, Spec
 
 HALVINGS = 24
-"""Of a bracket in log temperature; 9.2 wide, 24 of them leave an entropy within 1e-5 nats."""
+"""Of a bracket 9.2 wide in log temperature: 24 leave the entropy within 1e-5 nats."""
 
 
 def entropy(logits: Tensor, temperature: float | Tensor) -> Tensor:
