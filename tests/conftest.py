@@ -13,7 +13,11 @@ import torch
 # Two threads, so that splitting rows over threads is tested on every machine.
 torch.set_num_threads(2)
 
-hypothesis.settings.register_profile("bmtard", deadline=None, derandomize=True, database=None)
+# No limit in seconds: neither for a call nor for the drawing of its arguments.
+hypothesis.settings.register_profile(
+    "bmtard", deadline=None, derandomize=True, database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)  # fmt: skip
 hypothesis.settings.load_profile("bmtard")
 
 

@@ -75,7 +75,7 @@ elif "benchmarks" in arguments:
 else:
     name = "graphs" if "graph" in arguments else "tests"
     if name in told.get("hang", ()):
-        time.sleep(60)
+        time.sleep(3600)
     failed = name in told.get("errors", ())
     print(f"== {{'1 failed' if failed else '7 passed'}} in 2 s ==")
     sys.exit(int(failed))
@@ -105,6 +105,8 @@ def tool(tmp_path, monkeypatch):
     (checkout / "bmtard").mkdir(parents=True)
     (checkout / "bmtard" / "_C.so").touch()
     monkeypatch.setattr(module, "ROOT", checkout)
+    today = type("Date", (date,), {"today": classmethod(lambda cls: cls.fromisoformat(TODAY))})
+    monkeypatch.setattr(module, "date", today)
     monkeypatch.setattr(module, "LOGS", checkout / "logs")
     monkeypatch.setattr(module, "PYTHON", str(programs / "python"))
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
@@ -120,7 +122,8 @@ def tool(tmp_path, monkeypatch):
     return module
 
 
-STEM = f"h100-80gb-hbm3-{date.today().isoformat()}"
+TODAY = "2026-01-31"
+STEM = f"h100-80gb-hbm3-{TODAY}"
 
 
 def test_everything_is_run_and_written(tool, capsys):
@@ -136,7 +139,7 @@ def test_everything_is_run_and_written(tool, capsys):
     assert result["bench"] == BENCH
 
     text = (tool.out / f"{STEM}.md").read_text()
-    assert text.startswith(f"# bmtard on NVIDIA H100 80GB HBM3, {date.today().isoformat()}\n")
+    assert text.startswith(f"# bmtard on NVIDIA H100 80GB HBM3, {TODAY}\n")
     assert "2900.5 GB/s, read plus written" in text
     assert "| sanitizer | racecheck | passed |" in text
     # The larger shape; 14.5 MB in 10 us are half of the copy bandwidth.
@@ -214,12 +217,13 @@ def test_parts_add_up_in_one_file(tool):
 
 
 def test_a_part_that_hangs_is_stopped(tool, monkeypatch):
+    """The program sleeps for an hour: however slow the machine is, it is stopped before its end."""
     monkeypatch.setattr(tool, "PART_SECONDS", 0.5)
     tool.told(hang=["graphs"])
     assert tool.run_all("--part", "graphs") == 1
     step = tool.result()["parts"]["graphs"]["graphs"]
-    assert step["closing"].startswith("stopped after 0 s" if step["seconds"] < 0.5 else "stopped")
-    assert step["seconds"] < 10
+    assert not step["ok"]
+    assert step["closing"].startswith("stopped after 0 s; ")
 
 
 def test_a_program_that_is_missing_has_failed(tool, tmp_path):

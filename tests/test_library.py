@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -44,24 +43,30 @@ def bare_package(tmp_path: Path) -> Path:
 
 
 IMPORT = """
-import sys, time, torch
-before, start = set(sys.modules), time.process_time()
+import sys, torch
+
+calls = 0
+def count(frame, event, argument):
+    global calls
+    calls += event == "call"
+
+before = set(sys.modules)
+sys.setprofile(count)
 import bmtard
-spent = time.process_time() - start
-print(spent, *sorted(set(sys.modules) - before))
+sys.setprofile(None)
+print(calls, *sorted(set(sys.modules) - before))
 """
 
 
 def test_import_adds_little_to_torch():
-    """Under 60 ms on an idle machine: the ops and the balance, and little work in them."""
-    times = []
-    for _ in range(3):
-        spent, *modules = run(IMPORT).stdout.split()
-        ours = {name.partition(".")[2].split(".")[0] for name in modules}
-        assert {name.split(".")[0] for name in modules} == {"bmtard"}
-        assert ours == {"", "_library", "balance", "ops", "reference", "types"}
-        times.append(float(spent))
-    assert min(times) < 0.25  # of this process alone, so that a busy machine hardly shows
+    """The ops and the balance, and little work in them: about 4,000 Python calls."""
+    result = run(IMPORT)
+    assert result.returncode == 0, result.stderr
+    calls, *modules = result.stdout.split()
+    ours = {name.partition(".")[2].split(".")[0] for name in modules}
+    assert {name.split(".")[0] for name in modules} == {"bmtard"}
+    assert ours == {"", "_library", "balance", "ops", "reference", "types"}
+    assert int(calls) < 20_000
 
 
 @needs_native
@@ -132,16 +137,3 @@ def test_old_torch_is_refused():
     result = run(f"{code}; {OP}")
     assert result.returncode == 0, result.stderr
     assert "torch 2.9.1 is older than 2.10" in result.stderr
-
-
-def test_import_is_light():
-    """At most 60 ms of processor time over ``import torch``, and no optional package."""
-    code = (
-        "import json, sys, time, torch; before = set(sys.modules); start = time.process_time(); "
-        "import bmtard; seconds = time.process_time() - start; "
-        "print(json.dumps([seconds, sorted({m.split('.')[0] for m in set(sys.modules) - before})]))"
-    )
-    seconds, modules = min(json.loads(run(code).stdout) for _ in range(3))
-    optional = {"matplotlib", "PIL", "pyautoattack", "rich", "scipy", "sklearn", "tyro"}
-    assert not optional & set(modules)
-    assert seconds <= 0.06
