@@ -167,7 +167,10 @@ def _show(display: table.Display, report: Report, tolerance: float) -> None:
         f"copy {report.copy_bytes_per_second / 1e9:.1f} GB/s; load {machine['load']}\n"
     )
     if report.device == "cpu" and machine["load"] > BUSY * machine["cores"]:
-        display.line("note: other processes are busy; the figures of several threads suffer most\n")
+        display.line(
+            "note: other processes are busy, which several threads suffer from most; --threads 1 "
+            "leaves the time of others out\n"
+        )
     timed = [r for r in report.records if r.status != "absent"]
     for op in dict.fromkeys(r.op for r in timed):
         rows = [r for r in timed if r.op == op and not r.sweep]
