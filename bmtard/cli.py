@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bmtard.extras import import_extra
@@ -30,7 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # of the option parser, which has said why
         return int(stop.code or 0)
     except KeyboardInterrupt:
-        hint = "; --resume continues at the last checkpoint" if name == "train" else ""
+        hint = {
+            "train": "; --resume continues at the last checkpoint",
+            "reproduce": "; the same command goes on",
+            "demo": "; the same command goes on",
+        }.get(name, "")
         print(f"\nbmtard {name}: interrupted{hint}", file=sys.stderr)
         return 130
 
@@ -77,13 +82,25 @@ def _evaluate(arguments: list[str]) -> None:
     print(f"written: {config.output or checkpoint.with_name('evaluation.json')}")
 
 
-def _demo(arguments: list[str]) -> None:
-    """train and compare all methods on the bundled digits, with a report, in minutes"""
+def _reproduce(arguments: list[str]) -> int:
+    """train teachers and all students, attack them, report: bmtard reproduce PRESET"""
     tyro = import_extra("tyro", "train")
-    from bmtard.training.demo import DemoConfig, run_demo
+    from bmtard.training.reproduce import REPRODUCE_PRESETS, reproduce
 
-    config = tyro.cli(DemoConfig, prog="bmtard demo", args=arguments)
-    run_demo(config, shlex.join(["bmtard", "demo", *arguments]))
+    config = tyro.extras.overridable_config_cli(
+        REPRODUCE_PRESETS, prog="bmtard reproduce", args=arguments
+    )
+    return 1 if reproduce(config, shlex.join(["bmtard", "reproduce", *arguments])) else 0
+
+
+def _demo(arguments: list[str]) -> int:
+    """the preset digits of bmtard reproduce, into runs/demo: bundled data, minutes"""
+    tyro = import_extra("tyro", "train")
+    from bmtard.training.reproduce import REPRODUCE_PRESETS, ReproduceConfig, reproduce
+
+    default = replace(REPRODUCE_PRESETS["digits"][1], output=Path("runs/demo"))
+    config = tyro.cli(ReproduceConfig, prog="bmtard demo", default=default, args=arguments)
+    return 1 if reproduce(config, shlex.join(["bmtard", "demo", *arguments])) else 0
 
 
 def _bench(arguments: list[str]) -> int:
@@ -117,6 +134,7 @@ def _info(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": _train,
     "evaluate": _evaluate,
+    "reproduce": _reproduce,
     "demo": _demo,
     "bench": _bench,
     "info": _info,

@@ -31,7 +31,7 @@ def load(name: str) -> Any:
 def demo() -> str:
     result = load("demo-digits.json")
     accuracy, machine = result["accuracy"], result["machine"]
-    header = accuracy_header(list(next(iter(accuracy.values()))[0]), ATTACK)
+    header = accuracy_header(accuracy, ATTACK)
     return (
         f"{markdown_table(header, accuracy_rows(accuracy, ATTACK))}\n\n"
         f"{machine['processor']}, {machine['cores']} cores, no GPU; torch {machine['torch']}; mean "

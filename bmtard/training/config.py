@@ -180,6 +180,8 @@ class TrainConfig:
     """pixels of zero padding before the random crop; 0 for no crop"""
     flip: bool = True
     """mirror half of the images left to right"""
+    train_limit: int | None = None
+    """only so many training images, the first ones that the validation leaves; default: all"""
     attack: AttackConfig = field(default_factory=AttackConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -202,8 +204,14 @@ class TrainConfig:
     resume: bool = False
     """continue from last.pt in the output folder, exactly as if never interrupted"""
     validation_fraction: float = 0.0
-    """part of the training images kept for choosing best.pt by weighted robust accuracy (PGD-20);
+    """part of the training images kept for choosing best.pt by weighted robust accuracy (PGD);
     with 0 the result is the last epoch. Test images never choose."""
+    validation_seed: int | None = None
+    """of the choice of the validation images; default: seed"""
+    validation_every: int = 1
+    """epochs between two looks at the validation images; the last epoch is always looked at"""
+    validation_steps: int = 20
+    """steps of the validation attack, of epsilon / 4 each from a uniform start"""
     test_attacks: tuple[AttackName, ...] = ("fgsm", "pgd-sat")
     """attacks on the test images after the last epoch"""
     log_every: int = 50
@@ -219,8 +227,14 @@ class TrainConfig:
         check_data_name(self.data)
         _ = self.teachers
         check_model_name(self.model)
-        for name in ("epochs", "batch_size", "log_every", "checkpoint_every"):
+        for name in (
+            "epochs", "batch_size", "log_every", "checkpoint_every", "validation_every",
+            "validation_steps",
+        ):  # fmt: skip
             require(self, name, getattr(self, name) >= 1, ">= 1")
+        limit, seed = self.train_limit, self.validation_seed
+        require(self, "train_limit", limit is None or limit >= 1, ">= 1")
+        require(self, "validation_seed", seed is None or 0 <= seed < 2**40, "in [0, 2^40)")
         require(self, "crop_padding", self.crop_padding >= 0, ">= 0")
         require(self, "seed", 0 <= self.seed < 2**40, "in [0, 2^40)")
         require(self, "validation_fraction", 0 <= self.validation_fraction < 1, "in [0, 1)")

@@ -41,11 +41,13 @@ def accuracies(
     surrogate: nn.Module | None = None,
     square_queries: int = 5000,
     seed: int = 0,
+    steps: int | None = None,
     report: Callable[[str, float], None] = lambda name, accuracy: None,
 ) -> dict[str, float]:
     """Fractions of correct answers: "clean", then each attack of :class:`EvaluateConfig`.
 
-    images: uint8 [N, c, h, w]. ``report`` is called with each result as it comes.
+    images: uint8 [N, c, h, w]. steps: of the attacks by gradient steps, instead of their own
+    number. ``report`` is called with each result as it comes.
     """
     batches = Batches(images, labels, batch_size=batch_size, device=device, max_value=max_value)
     network.eval()
@@ -66,6 +68,7 @@ def accuracies(
                 if attacked is None:
                     raise ValueError(f"accuracies: attack {name!r} needs a surrogate")
                 options = dict(SUITE[TRANSFER.get(name, name)])
+                options["steps"] = steps or options["steps"]
                 x = pgd(
                     attacked,
                     x,

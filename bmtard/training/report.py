@@ -127,7 +127,7 @@ def plot_accuracy(
     axis.set_xlim(left, right)
     axis.set_ylim(bottom, top)
     axis.set_xlabel("clean accuracy (%)")
-    axis.set_ylabel(f"accuracy under {ATTACK_TITLES.get(attack, attack)} (%)")
+    axis.set_ylabel(f"accuracy under {attack_title(attack)} (%)")
     notes = ["grey lines: equal weighted robust accuracy"]
     if hidden := [
         f"{name} ({clean[0]:.1f}, {robust[0]:.1f})"
@@ -140,7 +140,91 @@ def plot_accuracy(
     figure.savefig(output, dpi=120)
 
 
-ATTACK_TITLES = {"clean": "Clean", "fgsm": "FGSM", "pgd-sat": "PGD-20"}
+def plot_validation(
+    runs: Mapping[str, Sequence[Sequence[tuple[float, float]]]], output: Path
+) -> None:
+    """Weighted robust accuracy on the validation images over the epochs.
+
+    runs: name -> for each seed its (epoch, accuracy) points; the first seed is drawn bold.
+    """
+    figure = import_extra("matplotlib.figure", "train").Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    for number, (name, seeds) in enumerate(runs.items()):
+        for index, points in enumerate(seeds):
+            axis.plot(
+                [epoch for epoch, _ in points],
+                [100 * accuracy for _, accuracy in points],
+                color=f"C{number}",
+                linestyle="--" if name.startswith("teacher") else "-",
+                linewidth=1.8 if index == 0 else 0.8,
+                alpha=1.0 if index == 0 else 0.35,
+                label=name if index == 0 else None,
+            )
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("weighted robust accuracy on validation images (%)")
+    axis.grid(alpha=0.25)
+    axis.legend(loc="lower right", frameon=False, fontsize=8)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=120)
+
+
+def plot_examples(networks: Mapping[str, Mapping[str, Any]], epsilon: float, output: Path) -> None:
+    """Images, and for each network its adversarial examples and the difference, magnified.
+
+    networks: title -> arrays ``images`` and ``adversarial`` [N, c, h, w] in [0, 1], ``labels`` [N]
+    and ``answers`` [2, N], to the images and to the adversarial examples. The same images in all.
+    """
+    first = next(iter(networks.values()))
+    count = len(first["labels"])
+    rows = 1 + 2 * len(networks)
+    figure = import_extra("matplotlib.figure", "train").Figure(
+        figsize=(1.2 * count + 1.6, 1.45 * rows), layout="constrained"
+    )
+    axes = figure.subplots(rows, count, squeeze=False)
+
+    def show(
+        row: int, title: str, images: Any, words: Sequence[str], right: Sequence[bool]
+    ) -> None:
+        for column in range(count):
+            axis = axes[row][column]
+            pixels = images[column].transpose(1, 2, 0)
+            axis.imshow(
+                pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0, vmax=1
+            )
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_title(words[column], fontsize=8, color="black" if right[column] else COLORS[0])
+        axes[row][0].set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center")
+
+    labels = first["labels"]
+    show(0, "image", first["images"], [f"class {label}" for label in labels], [True] * count)
+    for index, (title, arrays) in enumerate(networks.items()):
+        before, after = arrays["answers"]
+        words = [f"{a} → {b}" for a, b in zip(before, after, strict=True)]
+        show(1 + 2 * index, f"{title}:\nattacked", arrays["adversarial"], words, after == labels)
+        difference = (arrays["adversarial"] - arrays["images"]) / (2 * epsilon) + 0.5
+        difference = difference.clip(0, 1)
+        show(2 + 2 * index, "difference,\nmagnified", difference, [""] * count, [True] * count)
+    figure.savefig(output, dpi=120)
+
+
+ATTACK_TITLES = {
+    "clean": "Clean",
+    "fgsm": "FGSM",
+    "pgd-sat": "PGD-20",
+    "pgd-trades": "PGD-TRADES",
+    "cw": "CW",
+    "square": "Square",
+    "autoattack": "AutoAttack",
+    "transfer-pgd": "PGD",
+    "transfer-cw": "CW",
+}
+
+
+def attack_title(name: str) -> str:
+    """Of an attack, or of "ATTACK from SURROGATE"."""
+    attack, found, surrogate = name.partition(" from ")
+    return ATTACK_TITLES.get(attack, attack) + (f" from {surrogate}" if found else "")
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
@@ -154,16 +238,27 @@ def accuracy_rows(
     """Name, each accuracy and the weighted robust accuracy under ``attack``, in per cent."""
     rows = []
     for name, seeds in results.items():
-        columns = [[seed[key] for seed in seeds] for key in seeds[0]]
+        columns = [[seed[key] for seed in seeds if key in seed] for key in _columns(results)]
         columns.append([(seed["clean"] + seed[attack]) / 2 for seed in seeds])
-        cells = [mean_std([100 * value for value in column]) for column in columns]
-        rows.append([name, *(f"{mean:.1f} ± {std:.1f}" for mean, std in cells)])
+        rows.append([name, *map(_cell, columns)])
     return rows
 
 
-def accuracy_header(keys: Sequence[str], attack: str) -> list[str]:
-    title = ATTACK_TITLES.get(attack, attack)
-    return ["", *(ATTACK_TITLES.get(key, key) for key in keys), f"Weighted ({title})"]
+def accuracy_header(results: Mapping[str, Sequence[Mapping[str, float]]], attack: str) -> list[str]:
+    titles = [attack_title(key) for key in _columns(results)]
+    return ["", *titles, f"Weighted ({attack_title(attack)})"]
+
+
+def _columns(results: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
+    """Everything that was measured anywhere, in the order in which it first comes."""
+    return list(dict.fromkeys(key for seeds in results.values() for seed in seeds for key in seed))
+
+
+def _cell(accuracies: Sequence[float]) -> str:
+    if not accuracies:
+        return "-"
+    mean, std = mean_std([100 * value for value in accuracies])
+    return f"{mean:.1f} ± {std:.1f}" if len(accuracies) > 1 else f"{mean:.1f}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

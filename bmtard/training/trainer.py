@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,12 +15,13 @@ from bmtard.models import build_model
 from bmtard.training import checkpoint
 from bmtard.training.config import TrainConfig, to_plain
 from bmtard.training.evaluate import accuracies, resolve_device, weighted
+from bmtard.training.files import write_json
 from bmtard.training.methods import METHODS, Method
 from bmtard.training.metrics import Display, MetricsLog, Progress
 from bmtard.training.teachers import check_teacher, sample
 
 # What may differ between a run and its continuation without changing its numbers.
-_FREE_FIELDS = {
+FREE_FIELDS = {
     "data_dir", "teacher_clean", "teacher_robust", "teacher", "check_teachers", "device", "output",
     "overwrite", "resume", "test_attacks", "log_every", "checkpoint_every", "max_skipped",
     "tensorboard",
@@ -67,8 +67,15 @@ class Trainer:
         self.validation: tuple[Tensor, Tensor] | None = None
         self.data = data
         if config.validation_fraction:
-            self.data, *held = data.split_validation(config.validation_fraction, config.seed)
+            seed = config.seed if config.validation_seed is None else config.validation_seed
+            self.data, *held = data.split_validation(config.validation_fraction, seed)
             self.validation = (held[0], held[1])
+        if config.train_limit is not None:
+            self.data = replace(
+                self.data,
+                train_images=self.data.train_images[: config.train_limit],
+                train_labels=self.data.train_labels[: config.train_limit],
+            )
         self.batches = Batches(
             self.data.train_images,
             self.data.train_labels,
@@ -137,7 +144,7 @@ class Trainer:
             resume_step=self.step if config.resume else None,
             tensorboard=config.tensorboard,
         )
-        (self.folder / "config.json").write_text(json.dumps(to_plain(config), indent=2) + "\n")
+        write_json(self.folder / "config.json", to_plain(config))
         self.progress.begin(title, config.epochs, self.epoch)
         try:
             while self.epoch < config.epochs:
@@ -161,13 +168,18 @@ class Trainer:
             "checkpoint": str(chosen),
             "seconds": seconds,
         }
-        (self.folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(self.folder / "results.json", summary)
         numbers = ", ".join(f"{name} {100 * value:.1f} %" for name, value in results.items())
         self.progress.end(f"{numbers} ({seconds:.0f} s)")
         return TrainResult(checkpoint=chosen, accuracy=results, seconds=seconds)
 
     def _accuracies(
-        self, network: nn.Module, images: Tensor, labels: Tensor, attacks: tuple[str, ...]
+        self,
+        network: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        attacks: tuple[str, ...],
+        steps: int | None = None,
     ) -> dict[str, float]:
         return accuracies(
             network,
@@ -178,6 +190,7 @@ class Trainer:
             norm=self.config.attack.norm,
             max_value=self.data.max_value,
             device=self.device,
+            steps=steps,
         )
 
     def _train_epoch(self, log: MetricsLog) -> str:
@@ -227,11 +240,13 @@ class Trainer:
                 f"optimizer.lr than {config.optimizer.lr} may help"
             )
         fields = {"loss": loss_sum / good, "skipped": int(bad)} if good else {"skipped": int(bad)}
-        if self.validation:
+        due = self.epoch % config.validation_every == 0 or self.epoch == config.epochs
+        if self.validation and due:
             fields |= self._validate()
         log.write("epoch", self.step, seconds=time.perf_counter() - started, **fields)
         text = f"loss {fields.get('loss', float('nan')):.4f}"
-        return text + (f", validation {100 * fields['weighted']:.1f} %" if self.validation else "")
+        validation = fields.get("weighted")
+        return text + (f", validation {100 * validation:.1f} %" if validation is not None else "")
 
     def _train_step(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the loss and whether the step was skipped, both 0-d on the device."""
@@ -260,7 +275,8 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         """Measures the validation images; keeps the best network so far as best.pt."""
         assert self.validation is not None
-        results = self._accuracies(self.network, *self.validation, ("pgd-sat",))
+        steps = self.config.validation_steps
+        results = self._accuracies(self.network, *self.validation, ("pgd-sat",), steps)
         score = weighted(results)["pgd-sat"]
         if score > self.best:
             self.best = score
@@ -289,11 +305,12 @@ class Trainer:
     def _resume(self) -> None:
         path = self.folder / "last.pt"
         state = checkpoint.load(path)
-        now, then = to_plain(self.config), state["config"]
-        if changed := [n for n in now if n not in _FREE_FIELDS and now[n] != then.get(n)]:
+        # A checkpoint from before an option was there has that option's default.
+        now, then = to_plain(self.config), to_plain(TrainConfig()) | state["config"]
+        if changed := [n for n in now if n not in FREE_FIELDS and now[n] != then[n]]:
             name = changed[0]
             raise ValueError(
-                f"resume: {name} is {now[name]!r}, but {path} was trained with {then.get(name)!r}"
+                f"resume: {name} is {now[name]!r}, but {path} was trained with {then[name]!r}"
             )
         seen = self.method.seen()
         if (saw := state.get("teachers", seen)) != seen:
