@@ -1,16 +1,20 @@
-"""Writes the tables of README.md from the files in benchmarks/results.
+"""Writes the tables of README.md and docs/*.md from the files in benchmarks/results.
 
-    python tools/readme_tables.py          # rewrite README.md
-    python tools/readme_tables.py --check  # exit 1 if README.md and the files disagree
+    python tools/readme_tables.py          # rewrite them
+    python tools/readme_tables.py --check  # exit 1 if they and the files disagree
 
-A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``.
+A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``. The names of README.md are
+those in TABLES; ``reproduce-PRESET``, in any of the documents, is the accuracy table of
+benchmarks/results/reproduce-PRESET.json, which is a results.json of ``bmtard reproduce PRESET``.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +32,25 @@ def load(name: str) -> Any:
     return json.loads((RESULTS / name).read_text())
 
 
-def demo() -> str:
-    result = load("demo-digits.json")
+def accuracy(name: str, folder: str) -> str:
+    """Of a result file, whose link is relative to the document in ``folder``."""
+    result = load(name)
     accuracy, machine = result["accuracy"], result["machine"]
-    header = accuracy_header(accuracy, ATTACK)
+    attack = result.get("main_attack", ATTACK)
+    header = accuracy_header(accuracy, attack)
+    link = "../" * len(Path(folder).parts) + f"benchmarks/results/{name}"
     return (
-        f"{markdown_table(header, accuracy_rows(accuracy, ATTACK))}\n\n"
-        f"{machine['processor']}, {machine['cores']} cores, no GPU; torch {machine['torch']}; mean "
-        f"± standard deviation of {result['seeds']} seeds; {result['seconds']:.0f} s in all; "
+        f"{markdown_table(header, accuracy_rows(accuracy, attack))}\n\n"
+        f"{machine['processor']}, {machine['cores']} cores, {machine.get('gpu', 'no GPU')}; "
+        f"torch {machine['torch']}; mean ± standard deviation of {result['seeds']} seeds; "
+        f"{result['seconds']:.0f} s in all; "
         f"{result['date'][:10]}; `{result['command']}`; "
-        "[benchmarks/results/demo-digits.json](benchmarks/results/demo-digits.json)."
+        f"[benchmarks/results/{name}]({link})."
     )
+
+
+def demo() -> str:
+    return accuracy("demo-digits.json", "")
 
 
 SHAPES = ("cifar10", "tiny-imagenet", "imagenet", "llm32k")
@@ -141,34 +153,42 @@ def step() -> str:
     return f"{markdown_table(header, rows)}\n\n{batch} images of {size}; {source(report, name)}"
 
 
-TABLES = {"demo": demo, "head": head, "ops": ops, "step": step}
+TABLES: dict[str, Callable[[], str]] = {"demo": demo, "head": head, "ops": ops, "step": step}
 
 
-def filled(readme: str) -> str:
-    """``readme`` with every table as the result files have it."""
-    for name, table in TABLES.items():
+def filled(text: str, document: str = "README.md") -> str:
+    """``text`` of a document with every table as the result files have it."""
+    tables = dict(TABLES) if document == "README.md" else {}
+    folder = str(Path(document).parent)
+    for name in re.findall(r"<!-- begin (reproduce-[\w-]+) -->", text):
+        tables[name] = partial(accuracy, f"{name}.json", folder)
+    for name, table in tables.items():
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-        before, found, rest = readme.partition(begin)
+        before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
         if not (found and closed):
-            raise ValueError(f"README.md must have a table between {begin.strip()} and {end}")
-        readme = f"{before}{begin}\n{table()}\n\n{end}{after}"
-    return readme
+            raise ValueError(f"{document} must have a table between {begin.strip()} and {end}")
+        text = f"{before}{begin}\n{table()}\n\n{end}{after}"
+    return text
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    before = path.read_text()
-    after = filled(before)
-    if sys.argv[1:] == ["--check"]:
-        if before != after:
-            print("README.md and benchmarks/results disagree: run tools/readme_tables.py")
-        return int(before != after)
-    if sys.argv[1:]:
+    if sys.argv[1:] not in ([], ["--check"]):
         print(__doc__)
         return 2
-    path.write_text(after)
-    return 0
+    disagree = False
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        document = str(path.relative_to(ROOT))
+        before = path.read_text()
+        after = filled(before, document)
+        if before == after:
+            continue
+        if sys.argv[1:]:
+            print(f"{document} and benchmarks/results disagree: run tools/readme_tables.py")
+            disagree = True
+        else:
+            path.write_text(after)
+    return int(disagree)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,10 @@ def write_text(path: Path, text: str) -> None:
     """Writes beside ``path`` and renames, so that ``path`` is never half a file."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text)
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bmtard.extras import import_extra
+from bmtard.training.files import write_text
 
 
 class MetricsLog:
@@ -22,7 +23,7 @@ class MetricsLog:
             # An interrupted run has logged steps that its last checkpoint has not seen.
             lines = self.path.read_text().splitlines(keepends=True)
             kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= resume_step]
-        self.path.write_text("".join(kept))
+        write_text(self.path, "".join(kept))
         self._file = open(self.path, "a")  # noqa: SIM115 (open for the whole run)
         self._writer = None
         if tensorboard:
@@ -47,8 +48,9 @@ class MetricsLog:
 
 
 def read_metrics(path: Path, event: str = "train") -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl`` with this event."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a ``metrics.jsonl`` with this event; a last line that is cut is no line."""
+    lines = path.read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return [row for row in rows if row["event"] == event]
 
 
@@ -56,10 +58,10 @@ class Progress(Protocol):
     """What a run tells while it trains."""
 
     def begin(self, title: str, total: int, done: int = 0) -> None:
-        """``done`` of ``total`` epochs are over already."""
+        """``done`` of ``total`` parts (epochs; in a job, attacks as well) are over already."""
 
     def advance(self, text: str) -> None:
-        """One more epoch is over."""
+        """One more part is over."""
 
     def end(self, text: str) -> None:
         """The run is over, with this result."""
@@ -127,7 +129,7 @@ class _DisplayedRun:
             self.display.bars.update(self.task, completed=self.epoch, text=text)
         elif now - self.last > self.display.LINE_INTERVAL:
             self.last = now
-            self.display.print(f"{self.title}: epoch {self.epoch}/{self.total}, {text}")
+            self.display.print(f"{self.title}: {self.epoch}/{self.total}, {text}")
 
     def end(self, text: str) -> None:
         display = self.display

@@ -18,6 +18,7 @@ from bmtard.data import ImageData
 from bmtard.ops import _dispatch
 from bmtard.training import checkpoint
 from bmtard.training.config import AttackConfig, BalanceConfig, OptimizerConfig, TrainConfig
+from bmtard.training.evaluate import accuracies
 from bmtard.training.methods import METHODS
 from bmtard.training.metrics import MetricsLog, read_metrics
 from bmtard.training.trainer import NonFiniteLossError, Trainer, train
@@ -247,6 +248,47 @@ def test_validation_chooses_and_the_test_images_do_not(
     assert len(read_metrics(config.folder / "metrics.jsonl", "test")) == 1
 
 
+def test_validation_every_some_epochs_on_fixed_images(
+    config: TrainConfig, digits: ImageData, quiet: Any
+) -> None:
+    config = replace(
+        config, method="natural", epochs=5, validation_fraction=0.25, validation_every=2,
+        validation_seed=3, validation_steps=1, train_limit=100,
+    )  # fmt: skip
+    trainer = Trainer(config, quiet, digits)
+    rest, images, labels = digits.split_validation(0.25, 3)
+    assert torch.equal(trainer.validation[0], images)
+    assert torch.equal(trainer.data.train_images, rest.train_images[:100])
+    trainer.run()
+    rows = read_metrics(config.folder / "metrics.jsonl", "epoch")
+    assert ["weighted" in row for row in rows] == [False, True, False, True, True]
+    # One step of epsilon / 4 from a uniform start, on the network of the last epoch.
+    expected = accuracies(
+        trainer.network, images, labels, attacks=("pgd-sat",), steps=1,
+        epsilon=config.attack.epsilon, max_value=16,
+    )  # fmt: skip
+    assert {name: rows[-1][name] for name in expected} == expected
+    twenty = accuracies(
+        trainer.network, images, labels, attacks=("pgd-sat",),
+        epsilon=config.attack.epsilon, max_value=16,
+    )  # fmt: skip
+    assert twenty["pgd-sat"] < expected["pgd-sat"]
+
+
+def test_checkpoints_from_before_an_option_can_be_resumed(
+    config: TrainConfig, digits: ImageData, quiet: Any
+) -> None:
+    config = replace(config, method="natural")
+    train(config, quiet, digits)
+    path = config.folder / "last.pt"
+    state = checkpoint.load(path)
+    del state["config"]["train_limit"]
+    checkpoint.save(path, state)
+    Trainer(replace(config, resume=True), quiet, digits)
+    with pytest.raises(ValueError, match=r"train_limit is 9, but .* was trained with None"):
+        Trainer(replace(config, resume=True, train_limit=9), quiet, digits)
+
+
 def test_missing_and_wrong_teachers(
     config: TrainConfig, teachers: dict[str, Path], digits: ImageData, quiet: Any
 ) -> None:
@@ -349,6 +391,8 @@ def test_trades_attacks_its_own_clean_logits(
     ("build", "message"),
     [
         (lambda: TrainConfig(epochs=0), "TrainConfig: epochs must be >= 1, got 0"),
+        (lambda: TrainConfig(train_limit=0), "train_limit must be >= 1, got 0"),
+        (lambda: TrainConfig(validation_steps=0), "validation_steps must be >= 1, got 0"),
         (lambda: TrainConfig(model="vgg"), "model must be one of .* got 'vgg'"),
         (lambda: TrainConfig(data="svhn"), "data set must be one of digits, .* got 'svhn'"),
         (lambda: AttackConfig(epsilon=0), "AttackConfig: epsilon must be finite and > 0, got 0"),

@@ -19,11 +19,14 @@ from bmtard.training import checkpoint
 from bmtard.training.evaluate import SUITE, accuracies, resolve_device
 from bmtard.training.files import locked, read_json, write_json
 from bmtard.training.metrics import Progress, read_metrics
+from bmtard.training.report import machine
 from bmtard.training.reproduce.plan import Job, Measurement
 from bmtard.training.trainer import train
 
 SETTINGS = "job.json"
 """what decides the numbers; written before the work begins"""
+MACHINE = "machine.json"
+"""where the work was done"""
 EVALUATION = "evaluation.json"
 """what is measured: rewritten after each attack"""
 ERROR = "error.txt"
@@ -112,8 +115,9 @@ def parts(job: Job) -> int:
 def run_training(job: Job, progress: Progress) -> None:
     """Trains to the last epoch, from the last checkpoint if there is one."""
     with locked(job.folder, wait=True):
-        (job.folder / ERROR).unlink(missing_ok=True)
+        _tidy(job.folder)
         write_json(job.folder / SETTINGS, job.settings)
+        write_json(job.folder / MACHINE, _machine(resolve_device(job.train.device)))
         resume = (job.folder / "last.pt").exists()
         data = _data(job)
         train(replace(job.train, resume=resume), _Training(progress, job), data)
@@ -125,7 +129,7 @@ def run_evaluation(job: Job, surrogates: dict[str, Path], progress: Progress) ->
     surrogates: key -> checkpoint, of those that are trained.
     """
     with locked(job.folder, wait=True):
-        (job.folder / ERROR).unlink(missing_ok=True)
+        _tidy(job.folder)
         device = resolve_device(job.train.device)
         data = _data(job)
         network, _ = checkpoint.load_network(job.checkpoint, device)
@@ -166,6 +170,17 @@ def run_evaluation(job: Job, surrogates: dict[str, Path], progress: Progress) ->
             _save_examples(job, network, data, device)
         numbers = ", ".join(f"{name} {100 * v['accuracy']:.1f} %" for name, v in found.items())
         return f"{numbers} ({seconds(job):.0f} s)"
+
+
+def _tidy(folder: Path) -> None:
+    """Without the last attempt's error and what it had half written when it was killed."""
+    for path in (folder / ERROR, *folder.glob("*.tmp")):
+        path.unlink(missing_ok=True)
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return {**machine(), "device": device.type, **gpu}
 
 
 def seconds(job: Job) -> float:

@@ -139,12 +139,14 @@ def plan(config: ReproduceConfig) -> list[Job]:
                 for role in METHODS[train.method].needs
             }
             by_key = {job.key: job for job in jobs}
+            checkpoints = {role: by_key[key].checkpoint for role, key in taught_by.items()}
             train = replace(
                 train,
                 seed=seed,
                 output=config.output / "jobs" / key_of(name, seed),
                 test_attacks=(),
-                **{f"teacher_{role}": by_key[key].checkpoint for role, key in taught_by.items()},
+                teacher_clean=checkpoints.get("clean"),
+                teacher_robust=checkpoints.get("robust"),
             )
             settings = {
                 "train": _deciding(train),
@@ -212,13 +214,14 @@ def left_out(config: ReproduceConfig) -> list[str]:
 
 def _measurements(config: ReproduceConfig, job: Job, jobs: list[Job]) -> tuple[Measurement, ...]:
     evaluation = config.evaluation
+    limits: dict[str, int | None] = dict(evaluation.limits.items())
     found: list[Measurement] = []
     for attack in ("clean", *evaluation.attacks):
         if attack in left_out(config):
             continue
         shared: dict[str, Any] = {
             "attack": attack,
-            "images": evaluation.limits.get(attack, evaluation.limit),  # type: ignore[call-overload]
+            "images": limits.get(attack, evaluation.limit),
             "epsilon": job.train.attack.epsilon,
             "norm": job.train.attack.norm,
             "square_queries": evaluation.square_queries,

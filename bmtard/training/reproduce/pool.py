@@ -158,7 +158,7 @@ class Pool:
             worker.process.join()
             crew.remove(worker)
             why = f"its process ended with status {worker.process.exitcode}"
-            (task.job.folder / ERROR).write_text(why + "\n")
+            write_text(task.job.folder / ERROR, f"{why}\n")
             self._fail(task.job, why, shown)
             return
         key = task.job.key
@@ -171,7 +171,7 @@ class Pool:
         else:
             worker.task = None
             if kind == "failed":
-                self._fail(task.job, *values, shown)
+                self._fail(task.job, values[0], shown)
             elif task.training:
                 trained[key] = task.job.checkpoint
             else:

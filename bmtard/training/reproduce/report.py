@@ -84,11 +84,21 @@ def _summary(
         }
         if "clean" in results and main in results:
             accuracy[job.name].append(results)
+    if config.report_only:  # what made the runs is of interest, not this
+        command = (read_json(config.output / "results.json") or {}).get("command", command)
+    machines: list[dict[str, Any]] = []
+    for job in jobs:
+        there = read_json(job.folder / work.MACHINE)
+        if job.key in found and there is not None and there not in machines:
+            machines.append(there)
+    where = machines[0] if machines else machine()
     return {
         "title": config.title,
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(),
+        "machine": where,
+        "other_machines": machines[1:],
+        "device": where.get("device"),
         "seeds": config.seeds,
         "seconds": sum(job["seconds"] for job in found.values()),
         "main_attack": main,
@@ -116,11 +126,13 @@ def _state(job: Job) -> str:
 
 def _chosen_epoch(job: Job) -> int:
     """The epoch whose network is measured."""
-    rows = [row for row in work.history(job) if "weighted" in row]
+    rows = work.history(job)
     if not rows or not job.train.validation_fraction:
         return job.train.epochs
-    best = max(rows, key=lambda row: row["weighted"])  # the first of equals, as in training
-    return 1 + work.history(job).index(best)
+    return 1 + max(
+        (epoch for epoch, row in enumerate(rows) if "weighted" in row),
+        key=lambda epoch: rows[epoch]["weighted"],  # the first of equals, as in training
+    )
 
 
 def _rounded(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -179,11 +191,11 @@ def _pictures(config: ReproduceConfig, jobs: Sequence[Job], summary: Mapping[str
 
 ![Temperatures, entropies, weights and losses](balance.png)
 
-Thick lines are the first seed, thin lines the others. B-MTARD raises the temperature of the teacher
-that is surer until the mean softmax entropies of both agree: with "bisect" in every step at once,
-with "sign", the published rule, in steps of {config.train.balance.temperature_lr:g}. The loss weights
-start at 1/2, move towards the teacher from whom the student has learnt less since the first step,
-and turn back as it catches up.
+Thick lines are the first seed, thin lines the others. B-MTARD raises the temperature of the
+teacher that is surer until the mean softmax entropies of both agree: with "bisect" in every step
+at once, with "sign", the published rule, in steps of {config.train.balance.temperature_lr:g}.
+The loss weights start at 1/2, move towards the teacher from whom the student has learnt less
+since the first step, and turn back as it catches up.
 
 """
     if examples := _examples(clean):
@@ -192,9 +204,9 @@ and turn back as it catches up.
 
 ![Images, adversarial examples, differences](examples.png)
 
-The first test images and {attack_title(config.evaluation.main)} on them, for networks of seed 0. Above
-each: the answer to the image → the answer to the adversarial example, red if wrong. Differences from
--epsilon to epsilon are drawn from black to white.
+{attack_title(config.evaluation.main)} on the first test images, for networks of seed 0. Above each:
+the answer to the image → the answer to the adversarial example, red if that is wrong. Differences
+from -epsilon to epsilon are drawn from black to white.
 
 """
     return text
@@ -224,8 +236,9 @@ def _text(config: ReproduceConfig, jobs: Sequence[Job], summary: Mapping[str, An
         unfinished = f"## Unfinished\n\n{unfinished}\n"
     return f"""# {config.title}
 
-Accuracy in per cent on the test images, mean ± standard deviation over {config.seeds} seeds (initial
-weights, batches, attacks). Weighted robust accuracy is the mean of clean and {main} accuracy.
+Accuracy in per cent on the test images, mean ± standard deviation over {_seeds(config)}
+(initial weights, batches, attacks). Weighted robust accuracy is the mean of clean and {main}
+accuracy.
 
 {table}
 
@@ -233,10 +246,19 @@ weights, batches, attacks). Weighted robust accuracy is the mean of clean and {m
 
 {_method(config, summary)}
 - command: `{summary["command"]}`, {summary["seconds"]:.0f} s of work in all jobs, {summary["date"]}
-{chr(10).join(f"- {name}: {value}" for name, value in summary["machine"].items())}
+{_machines(summary)}
 
 All settings and every single result are in results.json; each run's own files are in `jobs`.
 """
+
+
+def _machines(summary: Mapping[str, Any]) -> str:
+    lines = [f"- {name}: {value}" for name, value in summary["machine"].items()]
+    return "\n".join([*lines, *(f"- some jobs: {other}" for other in summary["other_machines"])])
+
+
+def _seeds(config: ReproduceConfig) -> str:
+    return f"{config.seeds} seed{'s' if config.seeds > 1 else ''}"
 
 
 def _method(config: ReproduceConfig, summary: Mapping[str, Any]) -> str:
@@ -249,8 +271,7 @@ def _method(config: ReproduceConfig, summary: Mapping[str, Any]) -> str:
     if train.validation_fraction:
         chosen = (
             f"the epoch is chosen by weighted accuracy under PGD-{train.validation_steps} on "
-            f"{100 * train.validation_fraction:.1f} % of the training images, kept apart, every "
-            f"{train.validation_every} epochs"
+            f"{100 * train.validation_fraction:.1f} % of the training images, kept apart"
         )
     lines = [
         f"data: {train.data}; {images}",
