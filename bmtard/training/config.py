@@ -346,3 +346,17 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def saved_settings(plain: dict[str, Any]) -> dict[str, Any]:
+    """A saved :class:`TrainConfig`; an option that was not there yet has its default."""
+    return _merged(to_plain(TrainConfig()), plain)
+
+
+def _merged(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    nested = {
+        name: _merged(default[name], value)
+        for name, value in given.items()
+        if isinstance(value, dict) and isinstance(default.get(name), dict)
+    }
+    return default | given | nested

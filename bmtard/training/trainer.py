@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bmtard.data import Batches, ImageData, load
 from bmtard.models import build_model
 from bmtard.training import checkpoint
-from bmtard.training.config import TrainConfig, to_plain
+from bmtard.training.config import TrainConfig, saved_settings, to_plain
 from bmtard.training.evaluate import accuracies, resolve_device, weighted
 from bmtard.training.files import write_json
 from bmtard.training.methods import METHODS, Method
@@ -305,8 +305,7 @@ class Trainer:
     def _resume(self) -> None:
         path = self.folder / "last.pt"
         state = checkpoint.load(path)
-        # A checkpoint from before an option was there has that option's default.
-        now, then = to_plain(self.config), to_plain(TrainConfig()) | state["config"]
+        now, then = to_plain(self.config), saved_settings(state["config"])
         if changed := [n for n in now if n not in FREE_FIELDS and now[n] != then[n]]:
             name = changed[0]
             raise ValueError(

@@ -369,6 +369,14 @@ def test_other_settings_are_refused(
     evaluation = replace(finished.evaluation, limits={"fgsm": 30})
     with pytest.raises(ValueError, match=r"images is 30, was 20"):
         reproduce(replace(finished, evaluation=evaluation), "other")
+    # An option that was not there yet had its default.
+    settings = finished.output / "jobs" / "bmtard-sign-seed0" / jobs.SETTINGS
+    written = settings.read_text()
+    saved = json.loads(written)
+    del saved["train"]["validation_every"], saved["teachers"]["robust"]["loss"]["ard_alpha"]
+    settings.write_text(json.dumps(saved))
+    assert reproduce(finished, "bmtard reproduce the test") == {}
+    settings.write_text(written)
     # The report leaves such runs out, and says so.
     report = replace(finished, changes=("sat: loss.trades_beta=1",), report_only=True)
     reproduce(report, "look")

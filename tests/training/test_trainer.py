@@ -282,7 +282,7 @@ def test_checkpoints_from_before_an_option_can_be_resumed(
     train(config, quiet, digits)
     path = config.folder / "last.pt"
     state = checkpoint.load(path)
-    del state["config"]["train_limit"]
+    del state["config"]["train_limit"], state["config"]["loss"]["trades_beta"]
     checkpoint.save(path, state)
     Trainer(replace(config, resume=True), quiet, digits)
     with pytest.raises(ValueError, match=r"train_limit is 9, but .* was trained with None"):

@@ -16,11 +16,12 @@ import torch
 from bmtard.attacks import pgd
 from bmtard.data import ImageData, load
 from bmtard.training import checkpoint
+from bmtard.training.config import saved_settings
 from bmtard.training.evaluate import SUITE, accuracies, resolve_device
 from bmtard.training.files import locked, read_json, write_json
 from bmtard.training.metrics import Progress, read_metrics
 from bmtard.training.report import machine
-from bmtard.training.reproduce.plan import Job, Measurement
+from bmtard.training.reproduce.plan import Job, Measurement, deciding
 from bmtard.training.trainer import train
 
 SETTINGS = "job.json"
@@ -55,7 +56,15 @@ def is_finished(job: Job) -> bool:
 def changes(job: Job) -> list[str]:
     """How the settings of what is in the folder differ from the wanted ones."""
     found = read_json(job.folder / SETTINGS)
-    return [] if found is None else _differences(job.settings, found)
+    if found is None:
+        return []
+    was = {
+        "train": deciding(saved_settings(found["train"])),
+        "teachers": {
+            role: deciding(saved_settings(teacher)) for role, teacher in found["teachers"].items()
+        },
+    }
+    return _differences(job.settings, was)
 
 
 def changed_measurements(job: Job) -> dict[str, list[str]]:

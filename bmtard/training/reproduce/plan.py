@@ -149,7 +149,7 @@ def plan(config: ReproduceConfig) -> list[Job]:
                 teacher_robust=checkpoints.get("robust"),
             )
             settings = {
-                "train": _deciding(train),
+                "train": deciding(to_plain(train)),
                 "teachers": {
                     role: by_key[key].settings["train"] for role, key in taught_by.items()
                 },
@@ -182,8 +182,9 @@ def selected(config: ReproduceConfig, jobs: list[Job]) -> list[Job]:
     return [job for job in jobs if job.key in keys]
 
 
-def _deciding(train: TrainConfig) -> dict[str, Any]:
-    return {name: value for name, value in to_plain(train).items() if name not in FREE_FIELDS}
+def deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without what may differ between runs of the same numbers."""
+    return {name: value for name, value in settings.items() if name not in FREE_FIELDS}
 
 
 def _surrogates(config: ReproduceConfig, job: Job, jobs: list[Job]) -> list[Job]:
