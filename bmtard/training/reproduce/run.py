@@ -56,21 +56,24 @@ def _workers(config: ReproduceConfig) -> int:
 
 def _prepare(jobs: Sequence[Job], overwrite: bool) -> None:
     """Refuses what was made with other settings, or clears it away."""
-    for job in jobs:
-        differences = work.changes(job)
-        measured = work.changed_measurements(job)
-        if (differences or measured) and not overwrite:
-            what = differences or next(iter(measured.values()))
-            more = f" and {len(what) - 1} more" if len(what) > 1 else ""
+    trained = {job.key: work.changes(job) for job in jobs}
+    measured = {job.key: work.changed_measurements(job) for job in jobs}
+    # Trainings first: a measurement may differ because the training of its surrogate does.
+    found = [(job, trained[job.key]) for job in jobs]
+    found += [(job, changes) for job in jobs for changes in measured[job.key].values()]
+    for job, changes in found:
+        if changes and not overwrite:
+            more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
             raise ValueError(
-                f"{job.folder} was made with other settings: {what[0]}{more}; overwrite it, or "
+                f"{job.folder} was made with other settings: {changes[0]}{more}; overwrite it, or "
                 "choose another output"
             )
-        if differences:
+    for job in jobs:
+        if trained[job.key]:
             # A name of its own first, so that an interruption leaves no half of a job.
             shutil.rmtree(job.folder.rename(job.folder.with_name(f"{job.key}.{os.getpid()}.old")))
-        elif measured:
-            work.forget_measurements(job, list(measured))
+        elif measured[job.key]:
+            work.forget_measurements(job, list(measured[job.key]))
 
 
 def _report(
