@@ -1,86 +1,43 @@
-"""The published loss functions, argument for argument: change the import and nothing else.
+"""The published functions, argument for argument: change the import and nothing else.
 
-``from bmtard.dropin import trades_loss, mart_loss`` replaces the functions of the same names in
-the TRADES and MART repositories. Attack and loss run on the fused ops; the logits-level losses
-are in :mod:`bmtard.losses`, the attacks in :mod:`bmtard.attacks`.
+| In the repository | here |
+|---|---|
+| TRADES ``trades.trades_loss``, MART ``mart.mart_loss`` | the same names |
+| RSLAD ``rslad_loss.rslad_inner_loss``, AdaAD ``AT_helper.adaad_inner_loss`` | the same names |
+| MTARD ``mtard_loss.mtard_inner_loss_ce`` | the same name |
+| ARD ``main.AttackPGD``, IAD ``IAD-I.AttackPGD`` | ``AttackPGD`` |
+| HAT ``core.utils.hat.hat_loss``, LBGAT ``lbgat.lbgat_loss`` | the same names |
+| AWP ``utils_awp.AdvWeightPerturb``, ``utils_awp.TradesAWP`` | the same names |
+
+Each repeats the published procedure: the modes in which the model runs, the forward passes in their
+order (what batch norm counts and where dropout draws), the start of the attack drawn by
+``torch.randn`` on the CPU, clipping, and when gradients are zeroed. In float64 training takes the
+published steps to rounding. Attack and loss run on the fused ops. One thing is saved: where an
+attack has a fixed target, S(x) in eval mode, it is computed once and not once a step. That is the
+same value unless the model draws random numbers in eval mode.
+
+The losses from logits are in :mod:`bmtard.losses`, the attacks in :mod:`bmtard.attacks`.
 """
 
-from __future__ import annotations
+from bmtard.dropin.adaad import adaad_inner_loss
+from bmtard.dropin.ard import AttackPGD
+from bmtard.dropin.awp import AdvWeightPerturb, TradesAWP
+from bmtard.dropin.hat import hat_loss
+from bmtard.dropin.lbgat import lbgat_loss
+from bmtard.dropin.mart import mart_loss
+from bmtard.dropin.mtard import mtard_inner_loss_ce
+from bmtard.dropin.rslad import rslad_inner_loss
+from bmtard.dropin.trades import trades_loss
 
-import torch
-from torch import Tensor, nn
-
-from bmtard import losses
-from bmtard.attacks import pgd
-
-
-def trades_loss(
-    model: nn.Module,
-    x_natural: Tensor,
-    y: Tensor,
-    optimizer: torch.optim.Optimizer,
-    step_size: float = 0.003,
-    epsilon: float = 0.031,
-    perturb_steps: int = 10,
-    beta: float = 1.0,
-    distance: str = "l_inf",
-) -> Tensor:
-    """TRADES: attacks with KL(S(x) || S(x')) from a 0.001 Gaussian start, then the TRADES loss.
-
-    As published, the attack runs in eval mode, and the model is in train mode and its gradients
-    are zeroed on return. S(x) is computed once for the attack rather than once a step: in eval
-    mode it is the same value. Only ``distance="l_inf"``; for others, see bmtard.attacks.pgd.
-    """
-    _check_distance("trades_loss", distance)
-    model.eval()
-    with torch.no_grad():
-        target = model(x_natural)
-    x_adv = pgd(
-        model,
-        x_natural,
-        epsilon=epsilon,
-        step_size=step_size,
-        steps=perturb_steps,
-        loss="kl",
-        target_logits=target,
-        random_start="gaussian",
-    )
-    model.train()
-    optimizer.zero_grad()
-    return losses.trades_loss(model(x_natural), model(x_adv), y, beta=beta)
-
-
-def mart_loss(
-    model: nn.Module,
-    x_natural: Tensor,
-    y: Tensor,
-    optimizer: torch.optim.Optimizer,
-    step_size: float = 0.007,
-    epsilon: float = 0.031,
-    perturb_steps: int = 10,
-    beta: float = 6.0,
-    distance: str = "l_inf",
-) -> Tensor:
-    """MART: attacks with the cross entropy from a 0.001 Gaussian start, then the MART loss.
-
-    Modes and gradients as in :func:`trades_loss`.
-    """
-    _check_distance("mart_loss", distance)
-    model.eval()
-    x_adv = pgd(
-        model,
-        x_natural,
-        y,
-        epsilon=epsilon,
-        step_size=step_size,
-        steps=perturb_steps,
-        random_start="gaussian",
-    )
-    model.train()
-    optimizer.zero_grad()
-    return losses.mart_loss(model(x_natural), model(x_adv), y, beta=beta)
-
-
-def _check_distance(op: str, distance: str) -> None:
-    if distance != "l_inf":
-        raise ValueError(f"{op}: distance must be 'l_inf', got {distance!r}")
+__all__ = [
+    "AdvWeightPerturb",
+    "AttackPGD",
+    "TradesAWP",
+    "adaad_inner_loss",
+    "hat_loss",
+    "lbgat_loss",
+    "mart_loss",
+    "mtard_inner_loss_ce",
+    "rslad_inner_loss",
+    "trades_loss",
+]
