@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bmtard.extras import import_extra
 from bmtard.ops import multi_teacher_kl, pgd_step_
+from bmtard.ops._checks import is_number
 
 Norm = Literal["linf", "l2"]
 RandomStart = Literal["uniform", "gaussian", "none"]
@@ -156,8 +157,7 @@ def pgd(
         raise ValueError(f"pgd: steps must be >= 1, got {steps}")
     if eot_samples < 1:
         raise ValueError(f"pgd: eot_samples must be >= 1, got {eot_samples}")
-    if not (math.isfinite(momentum) and momentum >= 0):
-        raise ValueError(f"pgd: momentum must be finite and >= 0, got {momentum}")
+    _check_not_negative("momentum", momentum)
     if norm not in ("linf", "l2"):
         raise ValueError(f"pgd: norm must be 'linf' or 'l2', got {norm!r}")
     if start is not None and start.shape != x.shape:
@@ -294,6 +294,11 @@ def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def _check_not_negative(name: str, value: float) -> None:
+    if not (is_number(value) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"pgd: {name} must be finite and >= 0, got {value!r}")
+
+
 def _for_autograd(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
@@ -366,8 +371,7 @@ class _Step:
     def _radius(self, name: str, value: float | Tensor) -> float | Tensor:
         x = self.x
         if not isinstance(value, Tensor):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"pgd: {name} must be finite and >= 0, got {value}")
+            _check_not_negative(name, value)
             return float(value)
         if value.dim() == 1 and len(value) == len(x):
             return value.view(-1, *(1,) * (x.dim() - 1))

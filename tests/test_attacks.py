@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,17 @@ def test_equals_plain_pgd(model: nn.Module, images: tuple[Tensor, Tensor]) -> No
         expected = torch.min(torch.max(expected, x - 0.05), x + 0.05).clamp(0, 1)
     x_adv = attacks.pgd(model, x, y, epsilon=0.05, step_size=0.03, steps=3, random_start="none")
     torch.testing.assert_close(x_adv, expected)
+
+
+def test_scalars_of_numpy_are_numbers(model: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    model.eval()
+    options = {"epsilon": 0.125, "step_size": 0.0625, "bounds": (0.0, 1.0)}
+    expected = attacks.pgd(model, *images, steps=2, random_start="none", **options)
+    for kind in (np.float32, np.float64, np.float16):
+        given = {name: kind(value) for name, value in options.items() if name != "bounds"}
+        given["bounds"] = (kind(0), kind(1))
+        actual = attacks.pgd(model, *images, steps=2, random_start="none", **given)
+        assert torch.equal(actual, expected)
 
 
 def test_fgsm_is_one_full_step(model: nn.Module, images: tuple[Tensor, Tensor]) -> None:

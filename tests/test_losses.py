@@ -414,7 +414,7 @@ def test_distillation(name: str, temperature: float) -> None:
     for reduction, expected in (("batchmean", each.mean()), ("sum", each.sum()), ("none", each)):
         actual = actual_of(s, t, y, temperature=temperature, reduction=reduction)
         np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=1e-10, atol=1e-14)
-    loss = actual_of(s, t, y, temperature=temperature)
+    loss = actual_of(s, t, y, temperature=np.float32(temperature))
     assert loss.dim() == 0
     loss.backward()
     assert t.grad is None

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bmtard.ops import multi_teacher_kl
+from bmtard.ops._checks import check_logits
 
 _NO_LABEL = torch.iinfo(torch.int64).min
 """For F.cross_entropy, whose own default would leave rows of label -100 out unasked."""
@@ -35,9 +36,7 @@ class Rows:
             raise ValueError(
                 f"{op}: reduction must be 'none', 'sum', 'mean' or 'batchmean', got {reduction!r}"
             )
-        if not (isinstance(logits, Tensor) and logits.dim() and logits.shape[-1]):
-            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ValueError(f"{op}: logits must be [..., C] with C >= 1, got {got}")
+        check_logits(op, "logits", logits)
         self.op, self.reduction = op, reduction
         self.shape, self.classes = logits.shape[:-1], logits.shape[-1]
         self.counted: Tensor | None = None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from bmtard.losses._rows import Rows, wide
+from bmtard.ops._checks import check_positive
 
 
 def dkd_loss(
@@ -30,8 +29,7 @@ def dkd_loss(
     """
     if reduction == "mean":
         raise ValueError("dkd_loss: reduction must be 'none', 'sum' or 'batchmean', got 'mean'")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"dkd_loss: temperature must be finite and > 0, got {temperature}")
+    check_positive("dkd_loss", "temperature", temperature)
     rows = Rows("dkd_loss", student_logits, labels, ignore_index=ignore_index, reduction=reduction)
     if rows.classes < 2:
         raise ValueError(f"dkd_loss: logits must have 2 classes or more, got {rows.classes}")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bmtard.losses._rows import Rows, wide
 from bmtard.ops import multi_teacher_kl
+from bmtard.ops._checks import check_positive
 
 
 def kd_loss(
@@ -105,5 +106,5 @@ def _check_temperature(op: str, temperature: float | Tensor) -> None:
             raise ValueError(
                 f"{op}: temperature must be a float or 0-d, got {list(temperature.shape)}"
             )
-    elif not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"{op}: temperature must be finite and > 0, got {temperature}")
+    else:
+        check_positive(op, "temperature", temperature)

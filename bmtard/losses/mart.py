@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from bmtard.losses._rows import Rows, wide
 from bmtard.ops import softmax_entropy
+from bmtard.ops._checks import check_eps
 
 
 def mart_loss(
@@ -27,8 +26,7 @@ def mart_loss(
     both logits, also through the weight. The published ``eps`` bounds the divergence where p' is
     near 0, for logits 27 and more below the largest; ``eps=0`` is the exact KL in one fused op.
     """
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"mart_loss: eps must be finite and >= 0, got {eps}")
+    check_eps("mart_loss", eps)
     rows = Rows("mart_loss", clean_logits, labels, ignore_index=ignore_index)
     clean, adversarial = rows.flat(clean_logits, adversarial_logits)
     hard = rows.cross_entropy(adversarial)
