@@ -168,8 +168,9 @@ def pgd(
         )
     # Autograd records nothing in inference mode, and saves no tensor that was made there.
     with torch.inference_mode(False), torch.enable_grad(), module_mode(model, mode):
-        x, labels, target_logits = map(_for_autograd, (x, labels, target_logits))
-        assert x is not None
+        x = _for_autograd(x)
+        labels = None if labels is None else _for_autograd(labels)
+        target_logits = None if target_logits is None else _for_autograd(target_logits)
         step = _Step(x, step_size, epsilon, bounds, norm)
         objective = _objective(x, labels, loss, target_logits)
         x_adv = _start(x, step, random_start, start, clip_start, generator)
@@ -299,9 +300,7 @@ def _check_not_negative(name: str, value: float) -> None:
         raise ValueError(f"pgd: {name} must be finite and >= 0, got {value!r}")
 
 
-def _for_autograd(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None:
-        return None
+def _for_autograd(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
@@ -363,9 +362,12 @@ class _Step:
                     f"pgd: bounds must be numbers or of {x.dim()} dimensions that fit x "
                     f"{list(x.shape)}, got {list(value.shape)}"
                 )
-        if isinstance(low, Tensor) or isinstance(high, Tensor):
-            low, high = (v if isinstance(v, Tensor) else x.new_full((), v) for v in (low, high))
-        self.low, self.high = low, high
+        self.low: Any = low
+        self.high: Any = high
+        if isinstance(low, Tensor) != isinstance(high, Tensor):  # clamp takes two of a kind
+            self.low, self.high = (
+                v if isinstance(v, Tensor) else x.new_full((), v) for v in (low, high)
+            )
         _warn_of_images_outside(x, self.low, self.high)
 
     def _radius(self, name: str, value: float | Tensor) -> float | Tensor:
@@ -386,7 +388,7 @@ class _Step:
 
     def clip(self, x_adv: Tensor) -> Tensor:
         """``x_adv`` inside the bounds."""
-        return x_adv.clamp(self.low, self.high)  # type: ignore[arg-type]  (both of one kind)
+        return x_adv.clamp(self.low, self.high)
 
     def __call__(self, x_adv: Tensor, grad: Tensor) -> None:
         settings = (self.step_size, self.epsilon, self.low, self.high)

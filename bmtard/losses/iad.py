@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from bmtard.losses._rows import Rows, wide
@@ -83,7 +85,7 @@ def iad2_loss(
         student_adversarial_logits, student_clean_logits,
         robust_teacher_logits.detach(), clean_teacher_logits.detach(),
     )  # fmt: skip
-    both = {"temperature": temperature, "student_temperature": temperature}
+    both: dict[str, Any] = {"temperature": temperature, "student_temperature": temperature}
     trust = _trust(rows, robust_taught, beta) if introspect else None
     robust = rows.divergence(adversarial, robust_taught, sample_weight=trust, **both)
     if trust is not None:
