@@ -588,7 +588,7 @@ def test_awp(kind: str) -> None:
 
     def perturbed_training(awp: Any, trades_of: Any, ours: bool) -> nn.Module:
         model = network(0)
-        proxy = network(5)
+        proxy = network(5).eval()
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
         if ours:
             adversary = awp(model, proxy, torch.optim.SGD(proxy.parameters(), lr=0.01), 0.02)
