@@ -2,14 +2,17 @@
 
 A model maps images ``x`` [N, ...] inside ``bounds`` to logits [N, C]; normalisation belongs in the
 model. The training attacks (:func:`fgsm`, :func:`pgd`) touch nothing but the images: no gradient
-of a parameter is computed or stored, every module's training flag comes back as it was, and no
-value is read on the host. For the same reason they trust that ``x`` is inside its bounds;
-:func:`check_images` looks, at the price of one synchronisation, and the evaluation uses it.
+of a parameter is computed or stored, and every module's training flag comes back as it was. They
+read no value on the host, but for the first batch: images outside their bounds, which every step
+would clip, are warned of once. :func:`check_images` raises, at the price of one synchronisation,
+and the evaluation uses it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 from bmtard.extras import import_extra
 from bmtard.ops import multi_teacher_kl, pgd_step_
+from bmtard.ops._checks import is_number
 
 Norm = Literal["linf", "l2"]
 RandomStart = Literal["uniform", "gaussian", "none"]
@@ -52,8 +56,8 @@ def module_mode(model: nn.Module | Callable[..., Any], mode: Mode) -> Iterator[N
 
 
 def cross_entropy(labels: Tensor) -> AttackLoss:
-    """Sum over the batch of the cross entropy with ``labels`` [N]."""
-    return lambda logits, x_adv: F.cross_entropy(logits.float(), labels, reduction="sum")
+    """Sum over the batch of the cross entropy with ``labels`` [N]; half logits in float32."""
+    return lambda logits, x_adv: F.cross_entropy(_wide(logits), labels, reduction="sum")
 
 
 def kl_from(target_logits: Tensor) -> AttackLoss:
@@ -75,10 +79,13 @@ def kl_from_model(teacher: Callable[[Tensor], Tensor]) -> AttackLoss:
 
 
 def carlini_wagner(labels: Tensor, confidence: float = 50.0) -> AttackLoss:
-    """Sum of -max(z_label - max_other z + confidence, 0) (Carlini and Wagner, S&P 2017)."""
+    """Sum of -max(z_label - max_other z + confidence, 0) (Carlini and Wagner, S&P 2017).
+
+    Half logits in float32.
+    """
 
     def loss(logits: Tensor, x_adv: Tensor) -> Tensor:
-        logits = logits.float()
+        logits = _wide(logits)
         chosen = labels.unsqueeze(1)
         other = logits.scatter(1, chosen, -torch.inf).amax(1)
         return -F.relu(logits.gather(1, chosen).squeeze(1) - other + confidence).sum()
@@ -91,44 +98,102 @@ def pgd(
     x: Tensor,
     labels: Tensor | None = None,
     *,
-    epsilon: float = 8 / 255,
-    step_size: float = 2 / 255,
+    epsilon: float | Tensor = 8 / 255,
+    step_size: float | Tensor = 2 / 255,
     steps: int = 10,
     loss: Literal["ce", "kl", "cw"] | AttackLoss = "ce",
     target_logits: Tensor | None = None,
+    targeted: bool = False,
     norm: Norm = "linf",
     random_start: RandomStart = "uniform",
-    bounds: tuple[float, float] | None = (0.0, 1.0),
+    start: Tensor | None = None,
+    clip_start: bool | None = None,
+    mask: Tensor | None = None,
+    momentum: float = 0.0,
+    eot_samples: int = 1,
+    bounds: tuple[float | Tensor, float | Tensor] | None = (0.0, 1.0),
     mode: Mode = "eval",
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Projected gradient ascent (Madry et al., ICLR 2018): the images [N, ...] after ``steps``.
 
-    labels: [N] int64, for the losses "ce" and "cw" (:func:`carlini_wagner`). target_logits: [N, C],
-    for "kl" (:func:`kl_from`). Any other loss is a function of the logits and the images.
-    epsilon, step_size: in the units of ``x``, in the norm "linf" or "l2". random_start: "uniform"
-    in the ball (then clipped to ``bounds``), "gaussian" with standard deviation 0.001 as in TRADES
-    (not clipped before the first step), or "none". mode: how batch norm and dropout behave, see
-    :func:`module_mode`. generator: of the random start, on the device of ``x``.
+    Args:
+        model: gives logits [N, C], a tensor.
+        x: images [N, ...], inside ``bounds``.
+        labels: [N] int64, for the losses "ce" and "cw" (:func:`carlini_wagner`).
+        epsilon, step_size: in the units of ``x``, in the norm ``norm``. A number, or a tensor: 0-d,
+            [N] (one a sample) or, for "linf", of as many dimensions as ``x`` ([1, C, 1, 1]: one a
+            channel). The values of tensors, here and in ``bounds``, are not read on the host.
+        loss: "ce", "kl", "cw", or a function of the logits and the images to maximise.
+        target_logits: [N, C], for "kl" (:func:`kl_from`).
+        targeted: minimise the loss, so that ``labels`` are what the images shall be taken for.
+        norm: "linf" or "l2".
+        random_start: "uniform" in the ball, "gaussian" with standard deviation 0.001 as in TRADES,
+            or "none".
+        start: the first images, instead of a random start.
+        clip_start: whether the first images are clipped to ``bounds`` before the model sees them.
+            By default only the uniform start is; ARD's uniform start is not.
+        mask: bool, broadcast to ``x``: True where a pixel may change.
+        momentum: above 0, the decay of MI-FGSM (Dong et al., CVPR 2018): gradients divided by their
+            mean absolute value per sample are accumulated, momentum times the earlier ones.
+        eot_samples: each step takes the gradient of so many forward passes together, for a model
+            that draws random numbers (Athalye et al., ICML 2018).
+        bounds: (lowest, highest) value of ``x``, or None; numbers, or tensors of as many dimensions
+            as ``x``. For images normalised by mean m and standard deviation s they are
+            ((0 - m) / s, (1 - m) / s), and epsilon in pixel units is divided by s.
+        mode: how batch norm and dropout behave, see :func:`module_mode`.
+        generator: of the random start, on the device of ``x``.
 
-    Returns a new tensor without gradient. The result is within ``epsilon`` of ``x`` and within
-    ``bounds`` if ``x`` is. Raises ValueError on an argument out of range.
+    Returns:
+        A new tensor without gradient, within ``epsilon`` of ``x`` and within ``bounds`` if ``x``
+        is. Works where gradients are off, also under ``torch.inference_mode``.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, or a model that returns no tensor.
     """
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"pgd: x must be floating [N, ...], got {x.dtype} {list(x.shape)}")
     if steps < 1:
         raise ValueError(f"pgd: steps must be >= 1, got {steps}")
-    objective = _objective(x, labels, loss, target_logits)
-    x = x.detach()
-    x_adv = _start(x, epsilon, norm, random_start, bounds, generator)
-    with module_mode(model, mode), torch.enable_grad():
+    if eot_samples < 1:
+        raise ValueError(f"pgd: eot_samples must be >= 1, got {eot_samples}")
+    _check_not_negative("momentum", momentum)
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"pgd: norm must be 'linf' or 'l2', got {norm!r}")
+    if start is not None and start.shape != x.shape:
+        raise ValueError(f"pgd: start must be {list(x.shape)} like x, got {list(start.shape)}")
+    if mask is not None and not (mask.dtype == torch.bool and _fits(mask, x)):
+        raise ValueError(
+            f"pgd: mask must be bool and fit x {list(x.shape)}, got {mask.dtype} {list(mask.shape)}"
+        )
+    # Autograd records nothing in inference mode, and saves no tensor that was made there.
+    with torch.inference_mode(False), torch.enable_grad(), module_mode(model, mode):
+        x = _for_autograd(x)
+        labels = None if labels is None else _for_autograd(labels)
+        target_logits = None if target_logits is None else _for_autograd(target_logits)
+        step = _Step(x, step_size, epsilon, bounds, norm)
+        objective = _objective(x, labels, loss, target_logits)
+        x_adv = _start(x, step, random_start, start, clip_start, generator)
+        if mask is not None:
+            x_adv = x_adv.where(mask, x)
+        accumulated: Tensor | None = None
         for _ in range(steps):
             x_adv.requires_grad_()
-            (grad,) = torch.autograd.grad(objective(model(x_adv), x_adv), x_adv)
+            (grad,) = torch.autograd.grad(objective(_logits(model(x_adv)), x_adv), x_adv)
+            for _ in range(eot_samples - 1):
+                grad += torch.autograd.grad(objective(_logits(model(x_adv)), x_adv), x_adv)[0]
             x_adv = x_adv.detach()
-            pgd_step_(
-                x_adv, grad, x, step_size=step_size, epsilon=epsilon, bounds=bounds, norm=norm
-            )
+            if targeted:
+                grad = -grad
+            if momentum:
+                size = grad.flatten(1).abs().mean(1).view(-1, *(1,) * (x.dim() - 1))
+                grad = grad / size.clamp(min=torch.finfo(grad.dtype).tiny)
+                if accumulated is not None:
+                    grad = grad + momentum * accumulated
+                accumulated = grad
+            if mask is not None:
+                grad = grad.where(mask, 0)
+            step(x_adv, grad)
     return x_adv
 
 
@@ -225,6 +290,29 @@ def square(
     )
 
 
+def _wide(logits: Tensor) -> Tensor:
+    """Half types as float32."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    if not (is_number(value) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"pgd: {name} must be finite and >= 0, got {value!r}")
+
+
+def _for_autograd(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _logits(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"pgd: model must return the logits, a tensor, got {type(output).__name__}; "
+            "wrap it, as in lambda x: model(x)[0]"
+        )
+    return output
+
+
 def _objective(
     x: Tensor, labels: Tensor | None, loss: str | AttackLoss, target_logits: Tensor | None
 ) -> AttackLoss:
@@ -243,30 +331,149 @@ def _objective(
     return cross_entropy(labels) if loss == "ce" else carlini_wagner(labels)
 
 
+def _fits(tensor: Tensor, x: Tensor) -> bool:
+    """Whether ``tensor`` has the dimensions of ``x``, each its own or 1."""
+    return tensor.dim() == x.dim() and all(
+        own in (1, other) for own, other in zip(tensor.shape, x.shape, strict=True)
+    )
+
+
+class _Step:
+    """One step from the images, in place: the fused op, or plain torch where a setting is a tensor.
+
+    epsilon and step_size become numbers or tensors that broadcast to ``x``, low and high too.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        step_size: float | Tensor,
+        epsilon: float | Tensor,
+        bounds: tuple[float | Tensor, float | Tensor] | None,
+        norm: Norm,
+    ) -> None:
+        self.x, self.norm = x, norm
+        self.step_size = self._radius("step_size", step_size)
+        self.epsilon = self._radius("epsilon", epsilon)
+        low, high = bounds or (-torch.inf, torch.inf)
+        for value in (low, high):
+            if isinstance(value, Tensor) and value.dim() and not _fits(value, x):
+                raise ValueError(
+                    f"pgd: bounds must be numbers or of {x.dim()} dimensions that fit x "
+                    f"{list(x.shape)}, got {list(value.shape)}"
+                )
+        self.low: Any = low
+        self.high: Any = high
+        if isinstance(low, Tensor) != isinstance(high, Tensor):  # clamp takes two of a kind
+            self.low, self.high = (
+                v if isinstance(v, Tensor) else x.new_full((), v) for v in (low, high)
+            )
+        _warn_of_images_outside(x, self.low, self.high)
+
+    def _radius(self, name: str, value: float | Tensor) -> float | Tensor:
+        x = self.x
+        if not isinstance(value, Tensor):
+            _check_not_negative(name, value)
+            return float(value)
+        if value.dim() == 1 and len(value) == len(x):
+            return value.view(-1, *(1,) * (x.dim() - 1))
+        per_sample = value.dim() == x.dim() and value.numel() in (1, len(value))
+        if value.dim() and not (_fits(value, x) and (self.norm == "linf" or per_sample)):
+            wanted = "0-d, [N]" + (f" or of {x.dim()} dimensions" if self.norm == "linf" else "")
+            raise ValueError(
+                f"pgd: {name} must be a number or a tensor, {wanted}, for x {list(x.shape)} and "
+                f"norm {self.norm!r}, got {list(value.shape)}"
+            )
+        return value
+
+    def clip(self, x_adv: Tensor) -> Tensor:
+        """``x_adv`` inside the bounds."""
+        return x_adv.clamp(self.low, self.high)
+
+    def __call__(self, x_adv: Tensor, grad: Tensor) -> None:
+        settings = (self.step_size, self.epsilon, self.low, self.high)
+        if not any(isinstance(value, Tensor) for value in settings):
+            step_size, epsilon, low, high = map(float, settings)
+            pgd_step_(
+                x_adv, grad, self.x,
+                step_size=step_size, epsilon=epsilon, bounds=(low, high), norm=self.norm,
+            )  # fmt: skip
+            return
+        acc = torch.promote_types(x_adv.dtype, torch.float32)
+        x, grad = self.x.to(acc), grad.to(acc)
+        if self.norm == "linf":
+            moved = x_adv.to(acc) + self.step_size * grad.sign()
+            moved = torch.minimum(torch.maximum(moved, x - self.epsilon), x + self.epsilon)
+        else:
+            length = _length(grad)
+            grad = (grad / length).where(length.isfinite() & (length > 0), 0)
+            delta = x_adv.to(acc) + self.step_size * grad - x
+            length = _length(delta)
+            moved = x + delta * torch.where(length > self.epsilon, self.epsilon / length, 1.0)
+        x_adv.copy_(self.clip(moved))
+
+
+def _length(images: Tensor) -> Tensor:
+    """The l2 norm of each sample, [N, 1, ...]."""
+    return images.flatten(1).norm(dim=1).view(-1, *(1,) * (images.dim() - 1))
+
+
+_devices_seen: set[str] = set()
+
+
+def _warn_of_images_outside(x: Tensor, low: float | Tensor, high: float | Tensor) -> None:
+    """Looks at the first images on each kind of device; later ones are trusted."""
+    kind = x.device.type
+    if kind in _devices_seen or torch.compiler.is_compiling() or not x.numel():
+        return
+    if kind == "cuda" and torch.cuda.is_current_stream_capturing():
+        return
+    _devices_seen.add(kind)
+    if not ((x >= low) & (x <= high)).all():
+        least, most = (float(value) for value in x.aminmax())
+        warnings.warn(
+            f"pgd: x has values in [{least:.4g}, {most:.4g}], outside its bounds, and the attack "
+            "clips them: normalise inside the model, or give the bounds of normalised images",
+            stacklevel=4,
+        )
+
+
 def _start(
     x: Tensor,
-    epsilon: float,
-    norm: str,
+    step: _Step,
     random_start: str,
-    bounds: tuple[float, float] | None,
+    start: Tensor | None,
+    clip_start: bool | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    low, high = bounds or (-torch.inf, torch.inf)
-    if random_start == "none":
-        return x.clone()
-    if random_start not in ("uniform", "gaussian"):
+    if random_start not in ("uniform", "gaussian", "none"):
         raise ValueError(
             f"pgd: random_start must be 'uniform', 'gaussian' or 'none', got {random_start!r}"
         )
-    if random_start == "uniform" and norm == "linf":
-        noise = torch.empty_like(x).uniform_(-epsilon, epsilon, generator=generator)
-        return noise.add_(x).clamp_(low, high)
-    noise = torch.empty_like(x).normal_(generator=generator)
-    if random_start == "gaussian":
-        return noise.mul_(GAUSSIAN_START).add_(x)
+    if clip_start is None:
+        clip_start = start is None and random_start == "uniform"
+    if start is not None:
+        x_adv = start.detach().clone()
+    elif random_start == "none":
+        x_adv = x.clone()
+    elif random_start == "gaussian":
+        x_adv = torch.empty_like(x).normal_(generator=generator).mul_(GAUSSIAN_START).add_(x)
+    else:
+        x_adv = _uniform(x, step, generator)
+    return step.clip(x_adv) if clip_start else x_adv
+
+
+def _uniform(x: Tensor, step: _Step, generator: torch.Generator | None) -> Tensor:
+    epsilon = step.epsilon
+    if step.norm == "linf":
+        if not isinstance(epsilon, Tensor):
+            return torch.empty_like(x).uniform_(-epsilon, epsilon, generator=generator).add_(x)
+        unit = torch.empty_like(x).uniform_(-1, 1, generator=generator)
+        return unit.mul_(epsilon).add_(x)
     # Uniform in the l2 ball of D dimensions: a random direction, a radius of U^(1/D).
-    shape = (-1,) + (1,) * (x.dim() - 1)
+    noise = torch.empty_like(x).normal_(generator=generator)
     radius = torch.rand(len(x), device=x.device, dtype=x.dtype, generator=generator)
-    radius = epsilon * radius ** (1 / x[0].numel()) if len(x) else radius
-    length = noise.flatten(1).norm(dim=1).clamp_(min=torch.finfo(x.dtype).tiny)
-    return noise.mul_((radius / length).view(shape)).add_(x).clamp_(low, high)
+    radius = radius ** (1 / max(x[:1].numel(), 1))
+    radius = radius.view(-1, *(1,) * (x.dim() - 1))
+    length = _length(noise).clamp_(min=torch.finfo(x.dtype).tiny)
+    return noise.mul_(epsilon * radius / length).add_(x)

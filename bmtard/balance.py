@@ -134,7 +134,10 @@ class EntropyBalance(_Balance):
     Buffers: ``temperatures`` [K], ``entropies`` [K] in nats at the returned temperatures,
     ``temperature_lr``, ``step``, ``status`` (a :class:`bmtard.BalanceStatus`).
 
-    Source: B-MTARD, section on entropy-based balance; the published code steps after use.
+    Source: B-MTARD, section on entropy-based balance; the published code steps after use. It
+    divides the two entropies where the difference is taken here. Both rules move alike but for a
+    teacher of logit margin 17 and more on the whole batch: there sum p log(p + 1e-5) is positive,
+    so the published ratio raises both temperatures, or lowers the sharper teacher's.
     """
 
     temperatures: Tensor
@@ -286,7 +289,8 @@ class BMTARDLoss(_Balance):
         num_teachers: K, 1 to 16.
         balance: "bisect", which finds the temperatures of equal entropy in every step, or
             "sign", the published rule of fixed steps (use ``eps=1e-5`` with it for the published
-            arithmetic).
+            arithmetic; it differs for teachers of logit margin 17 and more, see
+            :class:`EntropyBalance`).
         temperature_bounds: (lowest, highest) temperature; all start at the lowest.
         temperature_lr: step of the sign rule; a buffer, so a schedule may change it.
         temperature_momentum: of "bisect", 0 to below 1, in log space.

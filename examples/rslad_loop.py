@@ -40,7 +40,11 @@ def train_epoch(
             random_start="gaussian",
         )
         optimizer.zero_grad()
-        loss = rslad_loss(student(adversarial), student(images), teacher_logits)  # replaces 8 lines
+        loss = rslad_loss(  # replaces 8 lines
+            student_adversarial_logits=student(adversarial),
+            student_clean_logits=student(images),
+            teacher_clean_logits=teacher_logits,
+        )
         loss.backward()
         optimizer.step()
     return loss.item()

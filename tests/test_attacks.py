@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,17 @@ def test_equals_plain_pgd(model: nn.Module, images: tuple[Tensor, Tensor]) -> No
     torch.testing.assert_close(x_adv, expected)
 
 
+def test_scalars_of_numpy_are_numbers(model: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    model.eval()
+    options = {"epsilon": 0.125, "step_size": 0.0625, "bounds": (0.0, 1.0)}
+    expected = attacks.pgd(model, *images, steps=2, random_start="none", **options)
+    for kind in (np.float32, np.float64, np.float16):
+        given = {name: kind(value) for name, value in options.items() if name != "bounds"}
+        given["bounds"] = (kind(0), kind(1))
+        actual = attacks.pgd(model, *images, steps=2, random_start="none", **given)
+        assert torch.equal(actual, expected)
+
+
 def test_fgsm_is_one_full_step(model: nn.Module, images: tuple[Tensor, Tensor]) -> None:
     x, y = images
     model.eval()
@@ -97,6 +109,20 @@ def test_carlini_wagner_formula() -> None:
         expected -= max(row[label] - other + 50, 0.0)
     actual = attacks.carlini_wagner(y)(logits, logits)
     torch.testing.assert_close(actual, torch.tensor(expected))
+
+
+def test_losses_keep_double_precision() -> None:
+    """And take half types to float32, whose range and rounding they need."""
+    exact, y = 40 * torch.randn(N, C, dtype=torch.float64), torch.randint(C, (N,))
+    for make in (attacks.cross_entropy, attacks.carlini_wagner):
+        logits = exact.clone().requires_grad_()
+        value = make(y)(logits, logits)
+        assert value.dtype == torch.float64
+        assert torch.autograd.gradcheck(lambda z, make=make: make(y)(z, z), logits)
+        assert make(y)(exact.half(), exact).dtype == torch.float32
+    expected = (exact.logsumexp(1) - exact[range(N), y]).sum()
+    actual = attacks.cross_entropy(y)(exact, exact)
+    torch.testing.assert_close(actual, expected, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train", "keep"])
@@ -134,6 +160,196 @@ def test_touches_only_the_images(model: nn.Module, images: tuple[Tensor, Tensor]
         attacks.pgd(model, x, y, epsilon=0.1, step_size=0.05, steps=2)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(x, before)
+
+
+def test_works_in_inference_mode(model: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    """Autograd refuses tensors that were made there; the attack copies them."""
+    x, y = images
+    model.eval()
+    options = {"epsilon": 0.1, "step_size": 0.05, "steps": 2, "random_start": "none"}
+    target = model(x.flip(0)).detach()
+    for loss in ("ce", "cw", "kl"):
+        expected = attacks.pgd(model, x, y, loss=loss, target_logits=target, **options)
+        with torch.inference_mode():
+            made_there = (x.clone(), y.clone())
+            actual = attacks.pgd(
+                model, *made_there, loss=loss, target_logits=model(x.flip(0)), **options
+            )
+            assert torch.is_inference_mode_enabled()
+        torch.testing.assert_close(actual, expected)
+        assert not torch.equal(actual, x)
+
+
+def test_says_what_a_model_must_return(images: tuple[Tensor, Tensor]) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(50, C)).to(images[0].device)
+    message = r"pgd: model must return the logits, a tensor, got tuple; wrap it"
+    with pytest.raises(TypeError, match=message):
+        attacks.pgd(lambda x: (net(x), x), *images)
+
+
+def plain_pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    epsilon: Tensor,
+    step_size: Tensor,
+    low: Tensor,
+    high: Tensor,
+    norm: str,
+    start: Tensor,
+    steps: int = 3,
+) -> Tensor:
+    """Sample by sample, every setting a tensor of the images' shape."""
+    x_adv = start
+    for _ in range(steps):
+        leaf = x_adv.clone().requires_grad_()
+        grad = torch.autograd.grad(F.cross_entropy(model(leaf), y, reduction="sum"), leaf)[0]
+        rows = []
+        for i in range(len(x)):
+            if norm == "linf":
+                moved = x_adv[i] + step_size[i] * grad[i].sign()
+                moved = torch.max(torch.min(moved, x[i] + epsilon[i]), x[i] - epsilon[i])
+            else:
+                delta = x_adv[i] + step_size[i] * grad[i] / grad[i].norm() - x[i]
+                radius = float(epsilon[i].max())
+                moved = x[i] + delta * min(1.0, radius / float(delta.norm()))
+            rows.append(torch.max(torch.min(moved, high[i]), low[i]))
+        x_adv = torch.stack(rows)
+    return x_adv
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("shape", ["number", "0-d", "[N]", "channels", "pixels"])
+def test_settings_of_each_sample_and_channel(
+    model: nn.Module, images: tuple[Tensor, Tensor], norm: str, shape: str
+) -> None:
+    x, y = images
+    model.eval()
+    size = 0.1 if norm == "linf" else 0.7
+    epsilon: float | Tensor
+    if shape == "number":
+        epsilon = size
+    else:
+        dimensions = {"0-d": (), "[N]": (N,), "channels": (1, 2, 1, 1), "pixels": x.shape}[shape]
+        epsilon = size * (0.5 + torch.rand(dimensions, device=x.device))
+    if norm == "l2" and shape in ("channels", "pixels"):
+        message = rf"epsilon must be a number or a tensor, 0-d, \[N\], for x \[{N}, 2, 5, 5\]"
+        with pytest.raises(ValueError, match=message):
+            attacks.pgd(model, x, y, epsilon=epsilon, norm=norm)
+        return
+    start = x + 0.01 * torch.randn_like(x)
+    # The bounds of normalised images: one pair a channel.
+    low, high = torch.tensor([0.0, -0.5]), torch.tensor([1.0, 0.75])
+    low, high = (b.view(1, 2, 1, 1).to(x.device) for b in (low, high))
+    x = x.clamp(low, high)
+    view = epsilon.view(-1, 1, 1, 1) if shape == "[N]" else epsilon
+    full = torch.zeros_like(x) + view
+    for bounds in ((0.0, 1.0), (low, high)) if shape == "number" else ((low, high),):
+        expected = plain_pgd(
+            model, x.clamp(*bounds), y, epsilon=full, step_size=full / 3, norm=norm, start=start,
+            low=torch.zeros_like(x) + bounds[0], high=torch.zeros_like(x) + bounds[1],
+        )  # fmt: skip
+        actual = attacks.pgd(
+            model, x.clamp(*bounds), y, epsilon=epsilon, step_size=epsilon / 3, steps=3,
+            norm=norm, start=start, bounds=bounds,
+        )  # fmt: skip
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_random_start_of_each_sample(norm: str) -> None:
+    """Inside each sample's own ball, and filling it."""
+    x = torch.full((64, 3), 0.5)
+    epsilon = torch.linspace(0.01, 0.3, 64)
+    seen: list[Tensor] = []
+    net = nn.Linear(3, C)
+    net.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    attacks.pgd(net, x, torch.zeros(64).long(), epsilon=epsilon, steps=1, norm=norm)
+    relative = distance(seen[0], x, norm) / epsilon
+    assert relative.max() <= 1 + 1e-5
+    assert relative.max() > 0.9
+    assert relative.min() > 0
+
+
+@pytest.mark.parametrize("start", ["uniform", "gaussian", "none", "own"])
+@pytest.mark.parametrize("clip", [None, True, False])
+def test_start_is_clipped_as_asked(start: str, clip: bool | None) -> None:
+    x = torch.cat([torch.zeros(N, 1, 20), torch.ones(N, 1, 20)], 1)
+    own = x + 0.1 * torch.randn_like(x) if start == "own" else None
+    seen: list[Tensor] = []
+    net = nn.Sequential(nn.Flatten(), nn.Linear(40, C))
+    net.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    attacks.pgd(
+        net, x, torch.zeros(N).long(), steps=1, start=own, clip_start=clip,
+        random_start="uniform" if start == "own" else start,
+    )  # fmt: skip
+    outside = bool(((seen[0] < 0) | (seen[0] > 1)).any())
+    clipped = clip if clip is not None else start == "uniform"
+    assert outside == (start != "none" and not clipped)
+    if own is not None:
+        assert torch.equal(seen[0], own.clamp(0, 1) if clipped else own)
+
+
+def test_targeted_mask_and_momentum(model: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    x, y = images
+    model.eval()
+    options = {"epsilon": 0.2, "step_size": 0.05, "steps": 4, "random_start": "uniform"}
+    with torch.no_grad():
+        before = F.cross_entropy(model(x), y)
+        aimed = attacks.pgd(model, x, y, targeted=True, **options)
+        assert F.cross_entropy(model(aimed), y) < before
+        # Pixels outside of the mask stay, also in the random start.
+        mask = torch.zeros(1, 1, 5, 5, dtype=torch.bool, device=x.device)
+        mask[..., 1:3, 2:] = True
+        for norm in ("linf", "l2"):
+            patched = attacks.pgd(model, x, y, mask=mask, norm=norm, **options)
+            changed = (patched != x).any(0).any(0)
+            assert torch.equal(changed, mask[0, 0])
+            assert F.cross_entropy(model(patched), y) > before
+
+    # MI-FGSM: the sign of the accumulated gradients, each divided by its mean absolute value.
+    expected, accumulated = x.clone(), torch.zeros_like(x)
+    for _ in range(4):
+        leaf = expected.clone().requires_grad_()
+        grad = torch.autograd.grad(F.cross_entropy(model(leaf), y), leaf)[0]
+        accumulated = 0.9 * accumulated + grad / grad.abs().mean(dim=(1, 2, 3), keepdim=True)
+        expected = expected + 0.05 * accumulated.sign()
+        expected = torch.min(torch.max(expected, x - 0.2), x + 0.2).clamp(0, 1)
+    options["random_start"] = "none"
+    actual = attacks.pgd(model, x, y, momentum=0.9, **options)
+    torch.testing.assert_close(actual, expected)
+    assert not torch.equal(actual, attacks.pgd(model, x, y, **options))
+
+
+def test_gradients_of_a_random_model_are_averaged() -> None:
+    """Each of three passes pulls its own way; the sign of their sum decides."""
+    pulls = iter([torch.tensor([[3.0, -1.0]]), torch.tensor([[-1.0, 2.0]])] * 2)
+    x, calls = torch.full((1, 2), 0.5), []
+
+    def model(images: Tensor) -> Tensor:
+        calls.append(images)
+        return images * next(pulls)
+
+    attacked = attacks.pgd(
+        model, x, epsilon=0.1, step_size=0.1, steps=1, eot_samples=2, random_start="none",
+        loss=lambda logits, x_adv: logits.sum(),
+    )  # fmt: skip
+    assert len(calls) == 2
+    torch.testing.assert_close(attacked, torch.tensor([[0.6, 0.6]]))
+
+
+def test_warns_of_normalised_images(
+    monkeypatch: pytest.MonkeyPatch, model: nn.Module, images: tuple[Tensor, Tensor]
+) -> None:
+    """Of the first batch alone: looking at it waits for the device."""
+    x, y = images
+    monkeypatch.setattr(attacks, "_devices_seen", set())
+    with pytest.warns(UserWarning, match=r"pgd: x has values in \[-2, 2\], outside its bounds"):
+        attacks.pgd(model, 4 * x - 2, y, steps=1)
+    attacks.pgd(model, 4 * x - 2, y, steps=1)
+    monkeypatch.setattr(attacks, "_devices_seen", set())
+    attacks.pgd(model, 4 * x - 2, y, steps=1, bounds=(-2.0, 2.0))
 
 
 def test_kl_from_model_attacks_through_the_teacher(images: tuple[Tensor, Tensor]) -> None:
@@ -187,6 +403,13 @@ def test_generator_makes_it_repeatable(model: nn.Module, images: tuple[Tensor, T
         ({"random_start": "normal"}, "random_start must be"),
         ({"mode": "test"}, "mode must be"),
         ({"norm": "l1"}, "norm must be 'linf' or 'l2', got 'l1'"),
+        ({"step_size": math.nan}, "step_size must be finite and >= 0, got nan"),
+        ({"epsilon": torch.ones(3)}, r"epsilon must be .* for x \[6, 2, 5, 5\] .*, got \[3\]"),
+        ({"bounds": (torch.zeros(2), 1.0)}, r"bounds must be numbers or of 4 dim.*, got \[2\]"),
+        ({"start": torch.zeros(6, 2, 5, 4)}, r"start must be \[6, 2, 5, 5\] like x, got"),
+        ({"mask": torch.ones(6)}, r"mask must be bool and fit x \[6, 2, 5, 5\], got torch.float32"),
+        ({"momentum": -0.1}, "momentum must be finite and >= 0, got -0.1"),
+        ({"eot_samples": 0}, "eot_samples must be >= 1, got 0"),
         ({"epsilon": -1.0, "random_start": "none"}, "epsilon must be finite and >= 0"),
         ({"x": torch.zeros(6, 2, 5, 5, dtype=torch.uint8)}, "x must be floating"),
     ],

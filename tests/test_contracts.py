@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -274,6 +275,29 @@ def test_bad_input(path, op, call, error, parts):
     assert message.startswith(f"{op}: ")
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_scalars_of_numpy_are_numbers(path, kind):
+    """They give what the Python number of the same value gives, bit for bit."""
+    student, teacher = torch.randn(3, 10), torch.randn(3, 10)
+    for call in (
+        lambda n: bmtard.softmax_entropy(student, n(2)),
+        lambda n: bmtard.bisect_temperature(
+            teacher, n(1), bounds=(n(1), n(10)), initial=n(2), tolerance=n(0)
+        ).temperature,
+        lambda n: bmtard.multi_teacher_kl(
+            student, teacher, n(2), student_temperature=n(3), weight=[n(2)], eps=n(0),
+            scale_by_temperature=True,
+        ),
+        lambda n: bmtard.pgd_step_(
+            student.clone(), student, teacher, step_size=n(1), epsilon=n(2), bounds=(n(0), n(1))
+        ),
+        lambda n: BMTARDLoss(temperature_bounds=(n(1), n(10)), student_temperature=n(2))(
+            [student, student], [teacher, teacher]
+        ),
+    ):  # fmt: skip
+        assert torch.equal(call(kind), call(float))
 
 
 def test_teacher_that_requires_grad_is_fine_without_grad_mode(path):

@@ -141,6 +141,28 @@ def test_chatter_and_both_clips(device, path):
     assert (moves[1:] * moves[:-1] < 0).sum() > 20
 
 
+@pytest.mark.parametrize(
+    ("margins", "published_moves"),
+    [((16, 8), (1, -1)), ((17, 8), (1, 1)), ((20, 18), (-1, 1))],
+)
+def test_the_documented_difference_for_certain_teachers(device, path, margins, published_moves):
+    """From a logit margin of 17 on the published ratio of entropies changes its sign."""
+    teachers = [np.zeros((4, 10)) for _ in margins]
+    for teacher, margin in zip(teachers, margins, strict=True):
+        teacher[:, 0] = margin
+    published = Published(1e-3, 0.025)
+    published([np.zeros((4, 10))] * 2, teachers)
+    # Up from the lower bound is seen, down is not: look at the entropies that decide.
+    ratio = published.negative_entropy / published.negative_entropy[::-1]
+    assert tuple(-np.sign(ratio - 1)) == published_moves
+    balance = bmtard.EntropyBalance(
+        mode="sign", eps=EPS, bounds=(0.5, 10.0), temperature_lr=1e-3
+    ).to(device)
+    balance.temperatures.fill_(1.0)
+    balance([torch.tensor(teacher, device=device) for teacher in teachers])
+    assert (oracles.numpy(balance.temperatures) - 1 > 0).tolist() == [True, False]
+
+
 @pytest.mark.parametrize(("rows", "classes"), [(1, 2), (128, 10), (7, 100)])
 def test_other_shapes(device, path, rows, classes):
     compare(sign_loss(device, 1e-2, 0.1), Published(1e-2, 0.1), 40, rows, classes)

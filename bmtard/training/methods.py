@@ -121,7 +121,12 @@ class TRADES(Method):
 
     def loss(self, student: Network, x: Tensor, x_adv: Tensor, labels: Tensor) -> Tensor:
         beta = self.config.loss.trades_beta
-        return losses.trades_loss(student(x), student(x_adv), labels, beta=beta)
+        return losses.trades_loss(
+            clean_logits=student(x),
+            adversarial_logits=student(x_adv),
+            labels=labels,
+            beta=beta,
+        )
 
 
 class ARD(Method):
@@ -135,10 +140,10 @@ class ARD(Method):
         # Without the label term the loss does not look at the clean logits.
         clean = student(x) if options.ard_alpha != 1.0 else adversarial
         loss = losses.ard_loss(
-            adversarial,
-            clean,
-            self.teach("robust", x),
-            labels,
+            student_adversarial_logits=adversarial,
+            student_clean_logits=clean,
+            teacher_clean_logits=self.teach("robust", x),
+            labels=labels,
             temperature=options.ard_temperature,
             alpha=options.ard_alpha,
         )
@@ -156,9 +161,9 @@ class RSLAD(Method):
     def loss(self, student: Network, x: Tensor, x_adv: Tensor, labels: Tensor) -> Tensor:
         options = self.config.loss
         loss = losses.rslad_loss(
-            student(x_adv),
-            student(x),
-            self.teach("robust", x),
+            student_adversarial_logits=student(x_adv),
+            student_clean_logits=student(x),
+            teacher_clean_logits=self.teach("robust", x),
             adversarial_weight=options.rslad_adversarial_weight,
         )
         return options.distillation_scale * loss
@@ -180,7 +185,11 @@ class AdaAD(Method):
         if options.adaad_alpha != 1.0:
             clean, taught_clean = student(x), self.teach("robust", x)
         loss = losses.adaad_loss(
-            adversarial, clean, taught, taught_clean, alpha=options.adaad_alpha
+            student_adversarial_logits=adversarial,
+            student_clean_logits=clean,
+            teacher_adversarial_logits=taught,
+            teacher_clean_logits=taught_clean,
+            alpha=options.adaad_alpha,
         )
         return options.distillation_scale * loss
 

@@ -1,0 +1,37 @@
+"""Adversarially Robust Distillation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bmtard.losses._rows import Rows
+
+
+def ard_loss(
+    *,
+    student_adversarial_logits: Tensor,
+    student_clean_logits: Tensor,
+    teacher_clean_logits: Tensor,
+    labels: Tensor,
+    temperature: float = 30.0,
+    alpha: float = 1.0,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+) -> Tensor:
+    """alpha T^2 mean KL(T(x)^T || S(x')^T) + (1 - alpha) CE(S(x), y) (Goldblum et al., AAAI 2020).
+
+    Both sides at temperature T; "mean" divides by N * C. The teacher sees clean images. With
+    ``alpha=1`` the clean logits of the student are not looked at.
+    """
+    rows = Rows(
+        "ard_loss", student_adversarial_logits, labels,
+        ignore_index=ignore_index, reduction=reduction,
+    )  # fmt: skip
+    adversarial, taught = rows.flat(student_adversarial_logits, teacher_clean_logits.detach())
+    distilled = rows.divergence(
+        adversarial, taught, temperature=temperature, student_temperature=temperature
+    )
+    loss = alpha * temperature**2 * distilled
+    if alpha != 1.0:
+        loss = loss + (1 - alpha) * rows.cross_entropy(*rows.flat(student_clean_logits))
+    return rows.shaped(loss)
