@@ -17,6 +17,7 @@ from bmtard.ops._checks import (
     check_floating,
     check_logits,
     check_positive,
+    is_integer,
     is_number,
 )
 from bmtard.types import BalanceState, BalanceStatus, SearchStatus
@@ -39,8 +40,7 @@ def check_settings(op: str, **settings: Any) -> None:
     for name, value in settings.items():
         match name:
             case "num_teachers":
-                whole = isinstance(value, int) and not isinstance(value, bool)
-                if not (whole and 1 <= value <= ops.MAX_TEACHERS):
+                if not (is_integer(value) and 1 <= value <= ops.MAX_TEACHERS):
                     raise ValueError(
                         f"{op}: num_teachers must be an integer from 1 to {ops.MAX_TEACHERS}, "
                         f"got {value!r}"
@@ -56,7 +56,7 @@ def check_settings(op: str, **settings: Any) -> None:
             case "weight_lr":
                 _check_range(op, name, value, 0, 1, closed=True)
             case "loss_exponent":
-                if not (is_number(value) and math.isfinite(value) and value > 0):
+                if not (is_number(value) and 0 < value < math.inf):
                     raise ValueError(f"{op}: {name} must be finite and > 0, got {value!r}")
             case "student_temperature":
                 check_positive(op, name, value)
@@ -100,7 +100,7 @@ class _Balance(nn.Module):
         for name, value in per_teacher.items():
             self.register_buffer(name, torch.full((num_teachers,), value, dtype=torch.float64))
         for name, value in rates.items():
-            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+            self.register_buffer(name, torch.tensor(float(value), dtype=torch.float64))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("status", torch.zeros((), dtype=torch.int32))
 
@@ -158,7 +158,7 @@ class EntropyBalance(_Balance):
             temperature_lr=temperature_lr, momentum=momentum, eps=eps,
         )  # fmt: skip
         self.bounds = float(bounds[0]), float(bounds[1])
-        self.mode, self.momentum, self.eps = mode, momentum, eps
+        self.mode, self.momentum, self.eps = mode, float(momentum), float(eps)
         self.process_group = process_group
         self._register(
             num_teachers,
@@ -231,7 +231,7 @@ class NormalizationLossBalance(_Balance):
             "NormalizationLossBalance", num_teachers=num_teachers,
             weight_lr=weight_lr, loss_exponent=loss_exponent,
         )  # fmt: skip
-        self.loss_exponent = loss_exponent
+        self.loss_exponent = float(loss_exponent)
         self.process_group = process_group
         self._register(
             num_teachers,
@@ -343,8 +343,9 @@ class BMTARDLoss(_Balance):
         )  # fmt: skip
         self.temperature_bounds = float(temperature_bounds[0]), float(temperature_bounds[1])
         self.balance, self.reduction = balance, reduction
-        self.temperature_momentum, self.loss_exponent = temperature_momentum, loss_exponent
-        self.student_temperature, self.eps = student_temperature, eps
+        self.temperature_momentum = float(temperature_momentum)
+        self.loss_exponent = float(loss_exponent)
+        self.student_temperature, self.eps = float(student_temperature), float(eps)
         self.process_group = process_group
         self._register(
             num_teachers,

@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -274,6 +275,47 @@ def test_bad_input(path, op, call, error, parts):
     assert message.startswith(f"{op}: ")
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_numpy_scalars_are_numbers(path, kind):
+    """Each call with a NumPy scalar in place of every number equals the call with 2.0 and 1.0."""
+    noise = torch.linspace(0, 1, 30).view(3, 10)
+
+    def call(one, two):
+        found = bmtard.bisect_temperature(
+            noise, one, bounds=(one, two), initial=one, tolerance=one, max_iterations=int(two)
+        )
+        module = BMTARDLoss(
+            temperature_bounds=(one, two), temperature_lr=two, temperature_momentum=0 * one,
+            weight_lr=one, loss_exponent=two, student_temperature=two, eps=one,
+        )  # fmt: skip
+        return [
+            bmtard.softmax_entropy(noise, two),
+            bmtard.multi_teacher_kl(
+                noise, -noise, two, student_temperature=two, eps=one, weight=[two],
+                scale_by_temperature=True,
+            ),
+            bmtard.pgd_step_(noise.clone(), noise, noise, step_size=two, epsilon=one),
+            found.temperature,
+            module((noise, noise), (-noise, 2 * noise)),
+            EntropyBalance(mode="sign", bounds=(one, two), momentum=0 * one)((noise, -noise)),
+            NormalizationLossBalance(weight_lr=one, loss_exponent=two)(torch.ones(2)),
+        ]  # fmt: skip
+
+    for actual, expected in zip(call(kind(1), kind(2)), call(1.0, 2.0), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_numpy_integers_are_integers(path):
+    assert len(BMTARDLoss(np.int64(3)).weights) == 3
+    search = [bmtard.bisect_temperature(LOGITS, 1.0, max_iterations=n) for n in (3, np.int32(3))]
+    assert search[0].iterations == search[1].iterations
+
+
+def test_numpy_bool_is_no_number():
+    with pytest.raises(TypeError, match="temperature must be a number"):
+        bmtard.softmax_entropy(LOGITS, np.bool_(True))
 
 
 def test_teacher_that_requires_grad_is_fine_without_grad_mode(path):

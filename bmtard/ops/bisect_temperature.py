@@ -14,6 +14,7 @@ from bmtard.ops._checks import (
     check_companion,
     check_logits,
     check_positive,
+    is_integer,
     is_number,
 )
 from bmtard.ops._dispatch import (
@@ -76,10 +77,9 @@ def bisect_temperature(
     check_logits(op, "logits", logits)
     rows_shape = logits.shape[:-1] if per_sample else torch.Size(())
     low, high = check_bounds(op, bounds)
-    if not (is_number(tolerance) and math.isfinite(tolerance) and tolerance >= 0):
+    if not (is_number(tolerance) and 0 <= tolerance < math.inf):
         raise ValueError(f"{op}: tolerance must be finite and >= 0, got {tolerance!r}")
-    whole = isinstance(max_iterations, int) and not isinstance(max_iterations, bool)
-    if not (whole and max_iterations >= 1):
+    if not (is_integer(max_iterations) and max_iterations >= 1):
         raise ValueError(f"{op}: max_iterations must be an integer >= 1, got {max_iterations!r}")
     if method not in ("halley", "bisection"):
         raise ValueError(f"{op}: method must be 'halley' or 'bisection', got {method!r}")
@@ -101,14 +101,14 @@ def bisect_temperature(
             initial=None if start is None else expand(start),
             per_sample=per_sample,
             tolerance=float(tolerance),
-            max_iterations=max_iterations,
+            max_iterations=int(max_iterations),
         )
         temperature, *rest = (field.view(rows_shape) for field in found)
         if temperature.requires_grad:
             temperature = _OnceDifferentiable.apply(op, temperature, logits, target)
         return TemperatureSearch(temperature, *rest)
     arguments = (
-        low, high, bool(per_sample), float(tolerance), max_iterations, method == "bisection",
+        low, high, bool(per_sample), float(tolerance), int(max_iterations), method == "bisection",
     )  # fmt: skip
     if wants_gradient(logits, target):
         return TemperatureSearch(*_BisectTemperature.apply(logits, target, start, *arguments))

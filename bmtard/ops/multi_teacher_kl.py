@@ -88,8 +88,10 @@ def multi_teacher_kl(
             )
     else:
         check_positive(op, "temperature", temperature)
+        temperature = float(temperature)
     check_positive(op, "student_temperature", student_temperature)
     check_eps(op, eps)
+    student_temperature, eps = float(student_temperature), float(eps)
     rows_shape = first.shape[:-1]
     if weight is not None:
         if not isinstance(weight, Tensor):

@@ -67,8 +67,9 @@ def pgd_step_(
             "call it under torch.no_grad() or pass x_adv.detach()"
         )
     for name, value in (("step_size", step_size), ("epsilon", epsilon)):
-        if not (is_number(value) and math.isfinite(value) and value >= 0):
+        if not (is_number(value) and 0 <= value < math.inf):
             raise ValueError(f"{op}: {name} must be finite and >= 0, got {value}")
+    step_size, epsilon = float(step_size), float(epsilon)
     low, high = (-math.inf, math.inf) if bounds is None else two_numbers(op, "bounds", bounds)
     if not low <= high:
         raise ValueError(f"{op}: bounds must be (lowest, highest), got {bounds}")
