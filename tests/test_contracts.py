@@ -159,8 +159,8 @@ CASES = {
         (kl(sample_weight=[1.0] * 3), TypeError, "sample_weight", "tensor", "list"),
         (kl(sample_weight=torch.ones(2)), ValueError, "sample_weight", "[3]", "[2]"),
         (kl(sample_weight=torch.ones(3, 10)), ValueError, "sample_weight", "[3]", "[3, 10]"),
-        (kl(sample_weight=torch.ones(3, dtype=torch.bool)), TypeError, "sample_weight",
-         "float32", "bool"),
+        (kl(sample_weight=torch.ones(3, dtype=torch.int64)), TypeError, "sample_weight",
+         "float32", "int64"),
         (kl(sample_weight=torch.ones(3, device="meta")), ValueError, "sample_weight", "cpu",
          "meta"),
         (kl(reduction="avg"), ValueError, "reduction", "batchmean", "avg"),
@@ -246,6 +246,7 @@ CASES = {
         (balance((LOGITS, torch.zeros(3, 0))), ValueError, "teacher_logits[1]", "C >= 1",
          "[3, 0]"),
         (balance((LOGITS, META)), ValueError, "teacher_logits[1]", "cpu", "meta"),
+        (balance((LOGITS, GRAD)), ValueError, "teacher_logits[1]", "requires grad", "detach()"),
     ],
     "NormalizationLossBalance": [
         (weights(torch.ones(2), num_teachers=0), ValueError, "num_teachers", "1 to 16", "0"),
@@ -321,6 +322,7 @@ def test_numpy_bool_is_no_number():
 def test_teacher_that_requires_grad_is_fine_without_grad_mode(path):
     with torch.no_grad():
         BMTARDLoss()((LOGITS, LOGITS), (GRAD, LOGITS))
+        EntropyBalance()((GRAD, LOGITS))
 
 
 def test_bad_input_leaves_the_state_alone(path):

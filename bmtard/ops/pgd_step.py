@@ -9,7 +9,15 @@ from torch import Tensor
 
 from bmtard import reference
 from bmtard.ops._checks import check_floating, is_number, same_kind, two_numbers
-from bmtard.ops._dispatch import mark_overwritten, native, register_fake, use_native
+from bmtard.ops._dispatch import (
+    derived,
+    in_transform,
+    mark_overwritten,
+    native,
+    register_fake,
+    use_native,
+    varies,
+)
 
 
 def pgd_step_(
@@ -76,9 +84,16 @@ def pgd_step_(
     if norm not in ("linf", "l2"):
         raise ValueError(f"{op}: norm must be 'linf' or 'l2', got {norm!r}")
 
+    native_path = use_native(x_adv) and not varies(step_size, epsilon)
+    if not native_path and in_transform():
+        for name, tensor in (("x_adv", x_adv), ("grad", grad), ("x", x)):
+            if derived(tensor):
+                raise ValueError(
+                    f"{op}: {name} carries a derivative, and the step has none; pass .detach()"
+                )
     if torch.is_grad_enabled():
         grad, x = grad.detach(), x.detach()
-    if not use_native(x_adv):
+    if not native_path:
         return reference.pgd_step_(
             x_adv, grad, x,
             step_size=step_size, epsilon=epsilon, low=low, high=high, norm=norm,
