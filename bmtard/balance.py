@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
@@ -17,6 +18,7 @@ from bmtard.ops._checks import (
     check_floating,
     check_logits,
     check_positive,
+    is_integer,
     is_number,
 )
 from bmtard.types import BalanceState, BalanceStatus, SearchStatus
@@ -39,8 +41,7 @@ def check_settings(op: str, **settings: Any) -> None:
     for name, value in settings.items():
         match name:
             case "num_teachers":
-                whole = isinstance(value, int) and not isinstance(value, bool)
-                if not (whole and 1 <= value <= ops.MAX_TEACHERS):
+                if not (is_integer(value) and 1 <= value <= ops.MAX_TEACHERS):
                     raise ValueError(
                         f"{op}: num_teachers must be an integer from 1 to {ops.MAX_TEACHERS}, "
                         f"got {value!r}"
@@ -56,7 +57,7 @@ def check_settings(op: str, **settings: Any) -> None:
             case "weight_lr":
                 _check_range(op, name, value, 0, 1, closed=True)
             case "loss_exponent":
-                if not (is_number(value) and math.isfinite(value) and value > 0):
+                if not (is_number(value) and 0 < value < math.inf):
                     raise ValueError(f"{op}: {name} must be finite and > 0, got {value!r}")
             case "student_temperature":
                 check_positive(op, name, value)
@@ -95,12 +96,56 @@ class _Balance(nn.Module):
         super()._apply(lambda t: _keep_dtype(t, fn(t)), recurse)
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A number sets a learning rate. A tensor that replaces a buffer gets the buffer's dtype.
+
+        ``load_state_dict(..., assign=True)`` comes this way too.
+        """
+        buffer = self.__dict__.get("_buffers", {}).get(name)
+        if buffer is not None and is_number(value):
+            op = type(self).__name__
+            if name not in ("temperature_lr", "weight_lr"):
+                raise TypeError(f"{op}: {name} must be set to a tensor, got {value!r}")
+            check_settings(op, **{name: value})
+            buffer.fill_(float(value))
+            return
+        if buffer is not None and isinstance(value, Tensor):
+            if value.shape != buffer.shape:
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be {list(buffer.shape)}, "
+                    f"got {list(value.shape)}"
+                )
+            value = value.detach().to(buffer.dtype)
+        super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A process group cannot be copied. The copy shares it."""
+        group = self.__dict__.get("process_group")
+        if group is not None:
+            memo[id(group)] = group
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def _check_buffers(self) -> None:
+        """Refuses a torch.func transform over a step whose state it does not own."""
+        if not ops.in_transform():
+            return
+        level = torch._C._functorch.maybe_current_level()  # None in a dual level alone
+        if level is not None and torch._C._functorch.maybe_get_level(self.step) != level:
+            raise NotImplementedError(
+                f"{type(self).__name__}: a training step overwrites the buffers, which a "
+                "torch.func transform forbids; call eval(), step outside of the transform, or "
+                "pass the buffers through torch.func.functional_call"
+            )
+
     def _register(self, num_teachers: int, per_teacher: dict[str, float], **rates: float) -> None:
         """Registers ``per_teacher`` as buffers [K], ``rates`` as 0-d, then step and status."""
         for name, value in per_teacher.items():
             self.register_buffer(name, torch.full((num_teachers,), value, dtype=torch.float64))
         for name, value in rates.items():
-            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+            self.register_buffer(name, torch.tensor(float(value), dtype=torch.float64))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("status", torch.zeros((), dtype=torch.int32))
 
@@ -125,11 +170,13 @@ class EntropyBalance(_Balance):
         num_teachers: K, 1 to 16.
         mode: "bisect" or "sign".
         bounds: (lowest, highest) temperature; all start at the lowest.
-        temperature_lr: step of mode "sign"; a buffer, so a schedule may change it.
+        temperature_lr: step of mode "sign"; a buffer, so a schedule may change it (by a number,
+            ``module.temperature_lr = 1e-4``, too).
         momentum: 0 to below 1, mode "bisect" only.
         eps: inside log(p + eps) of the entropies of mode "sign"; 1e-5 in the published code.
         process_group: averages entropies over its ranks, so that all hold the same state. In
-            mode "bisect" the ranks' logits are gathered and must have one shape.
+            mode "bisect" the ranks' logits are gathered and must have one shape; a check of
+            that waits for the device in every step.
 
     Buffers: ``temperatures`` [K], ``entropies`` [K] in nats at the returned temperatures,
     ``temperature_lr``, ``step``, ``status`` (a :class:`bmtard.BalanceStatus`).
@@ -161,7 +208,7 @@ class EntropyBalance(_Balance):
             temperature_lr=temperature_lr, momentum=momentum, eps=eps,
         )  # fmt: skip
         self.bounds = float(bounds[0]), float(bounds[1])
-        self.mode, self.momentum, self.eps = mode, momentum, eps
+        self.mode, self.momentum, self.eps = mode, float(momentum), float(eps)
         self.process_group = process_group
         self._register(
             num_teachers,
@@ -169,15 +216,19 @@ class EntropyBalance(_Balance):
             temperature_lr=temperature_lr,
         )
 
-    @torch.no_grad()
     def forward(self, teacher_logits: Sequence[Tensor]) -> Tensor:
         teachers = _check_teachers("EntropyBalance", teacher_logits, self.temperatures)
         if not self.training:
             return self.temperatures.clone()
+        self._check_buffers()
+        return self._step(teachers)
+
+    @torch.no_grad()
+    def _step(self, teachers: list[Tensor]) -> Tensor:
         low, high = self.bounds
         used, out_of_bounds = self.temperatures.clone(), _false(self.temperatures)
         if self.mode == "bisect":
-            gathered = _all_gather(teachers, self.process_group)
+            gathered = _all_gather("EntropyBalance", teachers, self.process_group)
             used, out_of_bounds = solve_temperatures(gathered, used, self.bounds, self.momentum)
         entropies = mean_entropies(teachers, used, self.eps if self.mode == "sign" else 0.0)
         entropies = _all_reduce_mean(entropies, self.process_group)
@@ -234,7 +285,7 @@ class NormalizationLossBalance(_Balance):
             "NormalizationLossBalance", num_teachers=num_teachers,
             weight_lr=weight_lr, loss_exponent=loss_exponent,
         )  # fmt: skip
-        self.loss_exponent = loss_exponent
+        self.loss_exponent = float(loss_exponent)
         self.process_group = process_group
         self._register(
             num_teachers,
@@ -257,6 +308,7 @@ class NormalizationLossBalance(_Balance):
             )
         if not self.training:
             return self.weights.clone()
+        self._check_buffers()
         losses = _all_reduce_mean(losses.detach().to(self.weights.dtype), self.process_group)
         initial = torch.where(self.step == 0, losses, self.initial_losses)
         weights = reference.balanced_weights(
@@ -300,7 +352,8 @@ class BMTARDLoss(_Balance):
         reduction: of each KL: "mean" over N * C as published, "batchmean" or "sum".
         eps: inside log(p + eps).
         process_group: averages losses and entropies over its ranks, so that all hold the same
-            state; with "bisect" the teachers' logits are gathered and must have one shape.
+            state; with "bisect" the teachers' logits are gathered and must have one shape, and a
+            check of that waits for the device in every step.
 
     Buffers, all on the device: ``temperatures``, ``weights``, ``initial_losses``, ``entropies``
     (nats) and ``losses``, each [K] float64, ``step``, ``status`` (a
@@ -347,8 +400,9 @@ class BMTARDLoss(_Balance):
         )  # fmt: skip
         self.temperature_bounds = float(temperature_bounds[0]), float(temperature_bounds[1])
         self.balance, self.reduction = balance, reduction
-        self.temperature_momentum, self.loss_exponent = temperature_momentum, loss_exponent
-        self.student_temperature, self.eps = student_temperature, eps
+        self.temperature_momentum = float(temperature_momentum)
+        self.loss_exponent = float(loss_exponent)
+        self.student_temperature, self.eps = float(student_temperature), float(eps)
         self.process_group = process_group
         self._register(
             num_teachers,
@@ -393,10 +447,12 @@ class BMTARDLoss(_Balance):
     ) -> Tensor:
         """The same step out of its parts: between them the ranks can average."""
         students, teachers = ops.balanced_pairs(student_logits, teacher_logits, self.weights)
+        if self.training:
+            self._check_buffers()
         low, high = self.temperature_bounds
         used, out_of_bounds = self.temperatures.clone(), _false(self.temperatures)
         if self.training and self.balance == "bisect":
-            gathered = _all_gather(teachers, self.process_group)
+            gathered = _all_gather("BMTARDLoss", teachers, self.process_group)
             used, out_of_bounds = solve_temperatures(
                 gathered, used, self.temperature_bounds, self.temperature_momentum
             )
@@ -503,17 +559,42 @@ def _all_reduce_mean(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return values / dist.get_world_size(group)
 
 
-def _all_gather(teachers: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
+def _all_gather(
+    op: str, teachers: Sequence[Tensor], group: dist.ProcessGroup | None
+) -> list[Tensor]:
     """Each teacher's logits of all ranks as [ranks * N, C]."""
     rows = [t.reshape(-1, t.shape[-1]).contiguous() for t in teachers]
     if group is None:
         return rows
-    gathered = []
-    for mine in rows:
-        everyone = mine.new_empty(dist.get_world_size(group) * mine.shape[0], mine.shape[1])
-        dist.all_gather_into_tensor(everyone, mine, group=group)
-        gathered.append(everyone)
-    return gathered
+    _check_equal_sizes(op, rows, group)
+    return [_gathered(mine, group) for mine in rows]
+
+
+def _gathered(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[N, ...] of each rank -> [ranks * N, ...]."""
+    everyone = mine.new_empty(dist.get_world_size(group) * mine.shape[0], *mine.shape[1:])
+    # Newer torch has another name for all_gather_into_tensor, and warns of this one.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(everyone, mine, group=group)
+    return everyone
+
+
+def _check_equal_sizes(op: str, rows: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Refuses batches that differ between the ranks: gathered, they would end or hang all ranks.
+
+    Reads sizes back to the host, so not while a graph is captured or traced.
+    """
+    device = rows[0].device
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or captured:
+        return
+    mine = torch.tensor([mine.shape for mine in rows], device=device)
+    sizes = _gathered(mine, group).view(-1, len(rows), 2).tolist()
+    if any(size != sizes[0] for size in sizes):
+        raise ValueError(
+            f"{op}: mode 'bisect' needs teacher_logits of one shape on every rank, got "
+            f"{sizes}; drop the last batch, pad it, or use mode 'sign'"
+        )
 
 
 def _false(like: Tensor) -> Tensor:

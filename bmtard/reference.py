@@ -69,14 +69,22 @@ def bisect_temperature(
     per_sample: bool,
     tolerance: float,
     max_iterations: int,
+    newton_steps: int,
 ) -> TemperatureSearch:
-    """logits [N, C]; target and initial 0-d, or [N] with ``per_sample``. See ``bmtard.ops``."""
+    """logits [N, C]; target and initial 0-d, or [N] with ``per_sample``. See ``bmtard.ops``.
 
-    def entropy_at(temperature: Tensor) -> Tensor:
+    ``newton_steps`` steps follow the search. They change no value, and give the temperature its
+    derivatives up to the order 2^newton_steps - 1.
+    """
+
+    def entropy_at(logits: Tensor, temperature: Tensor) -> Tensor:
         if per_sample:
             return softmax_entropy(logits, temperature)
         return softmax_entropy(logits, temperature.expand(logits.shape[0])).mean()
 
+    differentiable_logits = logits
+    # Not no_grad alone, which stops neither forward mode nor an outer torch.func transform.
+    logits = logits.detach()
     with torch.no_grad():
         dtype = accumulation_dtype(logits.dtype)
         target = target_entropy.detach().to(dtype)
@@ -97,8 +105,8 @@ def bisect_temperature(
             middle = bottom.sqrt() * top.sqrt()  # the product could overflow
             candidate = bottom if i == 0 else top if i == 1 else middle
             temperature = torch.where(active, candidate, temperature)
-            entropy = torch.where(active, entropy_at(temperature), entropy)
-            iterations += active
+            entropy = torch.where(active, entropy_at(logits, temperature), entropy)
+            iterations = iterations + active
             error = entropy - target
             variance = _entropy_slope(logits, temperature, per_sample)
             ends = [
@@ -126,12 +134,12 @@ def bisect_temperature(
         temperature = torch.where(unchanged, keep, temperature)
         slope = _entropy_slope(logits, temperature, per_sample) / temperature
 
-    if torch.is_grad_enabled() and (logits.requires_grad or target_entropy.requires_grad):
-        # One Newton step from the solution: its value is 0, its gradient the implicit one.
-        moving = (entropy_at(temperature) - entropy_at(temperature).detach()) - (
-            target_entropy.to(dtype) - target
-        )
-        converged = (status == SearchStatus.CONVERGED.value) & (slope > 0)
+    converged = (status == SearchStatus.CONVERGED.value) & (slope > 0)
+    for step in range(newton_steps):
+        if step:
+            slope = _entropy_slope(differentiable_logits, temperature, per_sample) / temperature
+        reached = entropy_at(differentiable_logits, temperature)
+        moving = (reached - reached.detach()) - (target_entropy.to(dtype) - target)
         temperature = temperature - torch.where(
             converged, moving / slope.where(converged, torch.ones_like(slope)), 0.0
         )

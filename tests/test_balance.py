@@ -551,6 +551,42 @@ def test_learning_rates_are_buffers(device, path, mode):
     torch.testing.assert_close(loss.weights, relative / relative.sum())
 
 
+def test_a_number_sets_a_learning_rate():
+    loss = BMTARDLoss()
+    buffer = loss.temperature_lr
+    loss.temperature_lr, loss.weight_lr = 1e-4, np.float32(0.5)
+    assert loss.temperature_lr is buffer  # so a captured graph sees it
+    assert (buffer.item(), loss.weight_lr.item()) == (1e-4, 0.5)
+    assert buffer.dtype == torch.float64
+    with pytest.raises(ValueError, match=r"BMTARDLoss: weight_lr must lie in \[0, 1\], got 2"):
+        loss.weight_lr = 2
+    with pytest.raises(ValueError, match=r"temperature_lr must lie in \[0, inf\), got -1"):
+        EntropyBalance().temperature_lr = -1
+    with pytest.raises(TypeError, match=r"BMTARDLoss: weights must be set to a tensor, got 0.5"):
+        loss.weights = 0.5
+    with pytest.raises(ValueError, match=r"BMTARDLoss: weights must be \[2\], got \[3\]"):
+        loss.weights = torch.ones(3)
+
+
+def test_a_tensor_that_replaces_a_buffer_keeps_float64(path):
+    loss, expected = BMTARDLoss(weight_lr=0.5), BMTARDLoss(weight_lr=0.5)
+    loss.weights = torch.tensor([0.25, 0.75])
+    expected.weights.copy_(torch.tensor([0.25, 0.75]))
+    assert loss.weights.dtype == torch.float64
+    assert torch.equal(loss(*batch(0)), expected(*batch(0)))
+
+
+def test_assigning_a_float32_state(path):
+    trained, assigned = BMTARDLoss(weight_lr=0.5), BMTARDLoss(weight_lr=0.5)
+    trained(*batch(0))
+    short = {k: v.float() if v.is_floating_point() else v for k, v in snapshot(trained).items()}
+    assigned.load_state_dict(short, assign=True)
+    assert {b.dtype for b in assigned.buffers()} == {torch.float64, torch.int64, torch.int32}
+    trained.load_state_dict(short)
+    assert torch.equal(trained(*batch(1)), assigned(*batch(1)))
+    assert_same(snapshot(trained), snapshot(assigned))
+
+
 def test_returned_values_are_copies(path, device, module):
     module, feed = module
     if isinstance(module, BMTARDLoss):

@@ -10,7 +10,7 @@ from oracles import leaf, randn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bmtard
-from bmtard import BMTARDLoss, EntropyBalance, NormalizationLossBalance
+from bmtard import BMTARDLoss, EntropyBalance, NormalizationLossBalance, losses
 
 pytest_plugins = ["paths"]
 
@@ -192,6 +192,111 @@ def test_changing_a_learning_rate_does_not_recompile(device, path):
     assert float(loss.temperatures.max()) > 1.2
 
 
+# --- Batches and floats that change ---------------------------------------------------------
+
+LABELS = torch.arange(12) % 10
+
+# Each a function of student and teacher [N, 10], labels [N] and a Python float.
+CHANGING = {
+    "softmax_entropy": lambda s, t, y, x: bmtard.softmax_entropy(s, x, reduction="mean"),
+    "bisect_temperature": lambda s, t, y, x: (
+        bmtard.bisect_temperature(s, x / 4, tolerance=1e-12).temperature
+    ),
+    "multi_teacher_kl": lambda s, t, y, x: bmtard.multi_teacher_kl(
+        s, t, x, student_temperature=x, reduction="mean", scale_by_temperature=True
+    )[0],
+    "multi_teacher_kl by rows": lambda s, t, y, x: bmtard.multi_teacher_kl(
+        [s, s], [t, s], weight=[0.3, 0.7], reduction="weighted_mean",
+        sample_weight=y < 6, eps=1e-5,
+    ),
+    "multi_teacher_kl with gradients": lambda s, t, y, x: bmtard.multi_teacher_kl(
+        [s, 2 * s], [t, -t], x, weight=[0.3, 0.7], sample_weight=t[:, 0].sigmoid()
+    ),
+    "pgd_step_": lambda s, t, y, x: (
+        s * bmtard.pgd_step_(t.clone(), s, t, step_size=x / 10, epsilon=x / 5, bounds=None)
+    ),
+    "trades_loss": lambda s, t, y, x: losses.trades_loss(s, 2 * s, y, beta=x),
+    "mart_loss": lambda s, t, y, x: losses.mart_loss(s, 2 * s, y, beta=x),
+    "ard_loss": lambda s, t, y, x: losses.ard_loss(2 * s, s, t, y, temperature=x, alpha=0.9),
+    "rslad_loss": lambda s, t, y, x: losses.rslad_loss(2 * s, s, t, adversarial_weight=x / 4),
+    "iad_loss": lambda s, t, y, x: losses.iad_loss(2 * s, s, t, -t, y, temperature=x, alpha=0.9),
+    "iad2_loss": lambda s, t, y, x: losses.iad2_loss(2 * s, s, t, -t, y, temperature=x),
+    "adaad_loss": lambda s, t, y, x: losses.adaad_loss(2 * s, s, t, -t, alpha=x / 4),
+    "mtard_loss": lambda s, t, y, x: losses.mtard_loss([s, 2 * s], [t, -t], t.new_full((2,), 0.5)),
+}  # fmt: skip
+
+
+def change(function, backend, **options):
+    """Runs calls with other sizes and floats, against eager; returns (graphs, graph breaks)."""
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(function, backend=backend, **options)
+    for rows, number in ((12, 2.0), (7, 2.5), (5, 3.0), (9, 3.5)):
+        teacher = randn(rows, 10, dtype=torch.float32, scale=1.0, seed=1)
+        results = []
+        for one in (function, compiled):
+            student = randn(rows, 10, dtype=torch.float32, scale=1.0).requires_grad_()
+            output = one(student, teacher, LABELS[:rows].clone(), number)
+            results.append((output, torch.autograd.grad(output.sum(), student)[0]))
+        for actual, expected in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(actual, expected)
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_batches_and_floats_that_change(name):
+    """The second call finds out what changes; from then on one graph serves."""
+    oracles.require_native()
+    assert change(CHANGING[name], "aot_eager", fullgraph=True) == (2, 0)
+    torch.compiler.reset()
+    assert change(CHANGING[name], "aot_eager", fullgraph=True, dynamic=True) == (1, 0)
+
+
+@pytest.mark.parametrize("name", ["multi_teacher_kl", "softmax_entropy"])
+def test_batches_and_floats_that_change_in_plain_torch(path, name):
+    assert change(CHANGING[name], "aot_eager", fullgraph=True) == (2, 0)
+
+
+@pytest.mark.parametrize("name", ["multi_teacher_kl", "trades_loss"])
+def test_batches_and_floats_that_change_with_inductor(name):
+    oracles.require_native()
+    assert change(CHANGING[name], "inductor", fullgraph=True) == (2, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", ["bisect", "sign"])
+def test_training_steps_on_batches_that_change(mode, dtype):
+    oracles.require_native()
+    for options, graphs in ({}, 2), ({"dynamic": True}, 1):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        eager, traced = (BMTARDLoss(balance=mode, temperature_lr=0.05) for _ in range(2))
+        step = torch.compile(
+            lambda s, t: traced([s, 2 * s], [t, -2 * t]),  # noqa: B023
+            backend="aot_eager", fullgraph=True, **options,
+        )  # fmt: skip
+        for rows in (12, 7, 5, 9):
+            students = [randn(rows, 10, dtype=dtype, scale=1.0).requires_grad_() for _ in range(2)]
+            teacher = randn(rows, 10, dtype=dtype, scale=1.0, seed=1)
+            expected = eager([students[0], 2 * students[0]], [teacher, -2 * teacher])
+            actual = step(students[1], teacher)
+            torch.testing.assert_close(actual, expected)
+            grads = torch.autograd.grad(1024 * actual + 1024 * expected, students)
+            torch.testing.assert_close(grads[1], grads[0])
+        assert_all_close(list(traced.buffers()), list(eager.buffers()))
+        counters = torch._dynamo.utils.counters
+        assert counters["stats"]["unique_graphs"] == graphs
+        assert not counters["graph_break"]
+
+
+def test_one_student_twice_in_a_compiled_step():
+    oracles.require_native()
+    loss, eager = BMTARDLoss(), BMTARDLoss()
+    step = torch.compile(lambda s, t: loss([s, s], [t, 2 * t]), backend="aot_eager", fullgraph=True)
+    s, t = pairs()
+    torch.testing.assert_close(step(leaf(s[0]), t[0]), eager([s[0]] * 2, [t[0], 2 * t[0]]))
+
+
 # --- The registration -----------------------------------------------------------------------
 
 
@@ -244,6 +349,12 @@ def registered(device, dtype):
                 s, t, *state, update, sign, 1.0, 10.0, 0.0, 1.0, 1.0, 0.0, 0.0125, 0.05, 1e-6, 32,
                 wants_grad,
             )  # fmt: skip
+            for reduction in ("mean", "batchmean", "sum"):
+                state = BMTARDLoss(balance="sign" if sign else "bisect").to(device).state()
+                yield "bmtard_loss_of_any_size", (
+                    s, t, *state, update, sign, 1.0, 10.0, 0.0, 1.0, 1.0, 0.0, reduction, 1e-6, 32,
+                    wants_grad,
+                )  # fmt: skip
     for l2 in (False, True):
         images = [randn(4, 3, 5, 5, dtype=dtype, device=device, seed=k) for k in range(3)]
         yield "pgd_step_", (*images, 0.1, 0.3, 0.0, 1.0, l2)

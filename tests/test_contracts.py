@@ -159,8 +159,8 @@ CASES = {
         (kl(sample_weight=[1.0] * 3), TypeError, "sample_weight", "tensor", "list"),
         (kl(sample_weight=torch.ones(2)), ValueError, "sample_weight", "[3]", "[2]"),
         (kl(sample_weight=torch.ones(3, 10)), ValueError, "sample_weight", "[3]", "[3, 10]"),
-        (kl(sample_weight=torch.ones(3, dtype=torch.bool)), TypeError, "sample_weight",
-         "float32", "bool"),
+        (kl(sample_weight=torch.ones(3, dtype=torch.int64)), TypeError, "sample_weight",
+         "float32", "int64"),
         (kl(sample_weight=torch.ones(3, device="meta")), ValueError, "sample_weight", "cpu",
          "meta"),
         (kl(reduction="avg"), ValueError, "reduction", "batchmean", "avg"),
@@ -246,6 +246,7 @@ CASES = {
         (balance((LOGITS, torch.zeros(3, 0))), ValueError, "teacher_logits[1]", "C >= 1",
          "[3, 0]"),
         (balance((LOGITS, META)), ValueError, "teacher_logits[1]", "cpu", "meta"),
+        (balance((LOGITS, GRAD)), ValueError, "teacher_logits[1]", "requires grad", "detach()"),
     ],
     "NormalizationLossBalance": [
         (weights(torch.ones(2), num_teachers=0), ValueError, "num_teachers", "1 to 16", "0"),
@@ -278,31 +279,50 @@ def test_bad_input(path, op, call, error, parts):
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
-def test_scalars_of_numpy_are_numbers(path, kind):
-    """They give what the Python number of the same value gives, bit for bit."""
-    student, teacher = torch.randn(3, 10), torch.randn(3, 10)
-    for call in (
-        lambda n: bmtard.softmax_entropy(student, n(2)),
-        lambda n: bmtard.bisect_temperature(
-            teacher, n(1), bounds=(n(1), n(10)), initial=n(2), tolerance=n(0)
-        ).temperature,
-        lambda n: bmtard.multi_teacher_kl(
-            student, teacher, n(2), student_temperature=n(3), weight=[n(2)], eps=n(0),
-            scale_by_temperature=True,
-        ),
-        lambda n: bmtard.pgd_step_(
-            student.clone(), student, teacher, step_size=n(1), epsilon=n(2), bounds=(n(0), n(1))
-        ),
-        lambda n: BMTARDLoss(temperature_bounds=(n(1), n(10)), student_temperature=n(2))(
-            [student, student], [teacher, teacher]
-        ),
-    ):  # fmt: skip
-        assert torch.equal(call(kind), call(float))
+def test_numpy_scalars_are_numbers(path, kind):
+    """Each call with a NumPy scalar in place of every number equals the call with 2.0 and 1.0."""
+    noise = torch.linspace(0, 1, 30).view(3, 10)
+
+    def call(one, two):
+        found = bmtard.bisect_temperature(
+            noise, one, bounds=(one, two), initial=one, tolerance=one, max_iterations=int(two)
+        )
+        module = BMTARDLoss(
+            temperature_bounds=(one, two), temperature_lr=two, temperature_momentum=0 * one,
+            weight_lr=one, loss_exponent=two, student_temperature=two, eps=one,
+        )  # fmt: skip
+        return [
+            bmtard.softmax_entropy(noise, two),
+            bmtard.multi_teacher_kl(
+                noise, -noise, two, student_temperature=two, eps=one, weight=[two],
+                scale_by_temperature=True,
+            ),
+            bmtard.pgd_step_(noise.clone(), noise, noise, step_size=two, epsilon=one),
+            found.temperature,
+            module((noise, noise), (-noise, 2 * noise)),
+            EntropyBalance(mode="sign", bounds=(one, two), momentum=0 * one)((noise, -noise)),
+            NormalizationLossBalance(weight_lr=one, loss_exponent=two)(torch.ones(2)),
+        ]  # fmt: skip
+
+    for actual, expected in zip(call(kind(1), kind(2)), call(1.0, 2.0), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_numpy_integers_are_integers(path):
+    assert len(BMTARDLoss(np.int64(3)).weights) == 3
+    search = [bmtard.bisect_temperature(LOGITS, 1.0, max_iterations=n) for n in (3, np.int32(3))]
+    assert search[0].iterations == search[1].iterations
+
+
+def test_numpy_bool_is_no_number():
+    with pytest.raises(TypeError, match="temperature must be a number"):
+        bmtard.softmax_entropy(LOGITS, np.bool_(True))
 
 
 def test_teacher_that_requires_grad_is_fine_without_grad_mode(path):
     with torch.no_grad():
         BMTARDLoss()((LOGITS, LOGITS), (GRAD, LOGITS))
+        EntropyBalance()((GRAD, LOGITS))
 
 
 def test_bad_input_leaves_the_state_alone(path):

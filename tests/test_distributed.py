@@ -1,5 +1,6 @@
 """With a process group, every rank holds the state that one process has on the whole batch."""
 
+import copy
 import os
 
 import oracles
@@ -56,12 +57,16 @@ def run(modules, rows):
     return state, gradients
 
 
-def work(rank, native, mode, folder):
+def join(rank, folder):
     torch.set_num_threads(1)
-    _library.NATIVE = native
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
     )
+
+
+def work(rank, native, mode, folder):
+    _library.NATIVE = native
+    join(rank, folder)
     part = ROWS // RANKS
     result = run(build(mode, dist.group.WORLD), slice(rank * part, (rank + 1) * part))
     torch.save(result, f"{folder}/{rank}.pt")
@@ -91,3 +96,49 @@ def test_two_ranks_equal_one_process(path, mode, tmp_path, monkeypatch):
     for whole, *parts in zip(gradients, one_gradients, two_gradients, strict=True):
         joined = torch.cat(parts) / RANKS
         torch.testing.assert_close(joined, whole, rtol=1e-6, atol=1e-12, equal_nan=True)
+
+
+def work_on_unequal_batches(rank, folder):
+    join(rank, folder)
+    group, logits = dist.group.WORLD, randn(12 - 5 * rank, 10)
+    for module, given in (
+        (BMTARDLoss(process_group=group), ([logits] * 2, [logits] * 2)),
+        (EntropyBalance(process_group=group), ([logits] * 2,)),
+    ):
+        name = type(module).__name__
+        with pytest.raises(ValueError, match=rf"{name}: mode 'bisect' .* one shape on every rank"):
+            module(*given)
+        assert module.step == 0
+    # The ranks are still in step, and the sign rule needs no equal batches.
+    signed = BMTARDLoss(balance="sign", process_group=group)
+    signed([logits] * 2, [logits] * 2)
+    torch.save(signed.state_dict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_unequal_batches_are_refused_on_every_rank(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
+    mp.spawn(work_on_unequal_batches, args=(str(tmp_path),), nprocs=RANKS)
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+def test_a_copy_shares_the_process_group(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        for module in build("bisect", dist.group.WORLD):
+            module.step.fill_(3)
+            copied = copy.deepcopy(module)
+            assert copied.process_group is module.process_group
+            assert copied.step == 3
+            copied.step.fill_(4)
+            assert module.step == 3
+        # Warnings are errors here: the gather has no deprecated name.
+        logits = [randn(4, 10), randn(4, 10, seed=1)]
+        BMTARDLoss(process_group=dist.group.WORLD)(logits, logits)
+    finally:
+        dist.destroy_process_group()

@@ -68,7 +68,10 @@ def composed(
             loss = loss * (sample_weight[k] if own else sample_weight)
         classes, rows = student.shape[-1], loss.numel()
         if reduction != "none":
-            divisor = {"sum": 1, "mean": rows * classes, "batchmean": rows}[reduction]
+            divisor = {"sum": 1, "mean": rows * classes, "batchmean": rows, "weighted_mean": rows}
+            divisor = divisor[reduction]
+            if reduction == "weighted_mean" and sample_weight is not None:
+                divisor = (sample_weight[k] if own else sample_weight).sum()
             loss = loss.sum() / divisor
         losses.append(loss * t**2 if scale_by_temperature else loss)
     losses = torch.stack(losses)
@@ -157,7 +160,7 @@ def test_teachers_students_and_temperatures(device, path, sharing, kind, teacher
 
 OPTIONS = list(
     itertools.product(
-        ["none", "sum", "mean", "batchmean"],
+        ["none", "sum", "mean", "batchmean", "weighted_mean"],
         [False, True],
         [None, "rows", "teachers and rows"],
         [False, True],
@@ -303,6 +306,107 @@ def test_largest_number_of_teachers(device, path):
     students, teachers = draw((3, 10), "one student", 16, device=device)
     actual = bmtard.multi_teacher_kl(students[0], teachers, 2.0)
     torch.testing.assert_close(actual, composed(students, teachers, 2.0))
+
+
+@pytest.mark.parametrize("layout", ["rows", "teachers and rows"])
+def test_sample_weight_of_any_strides(device, path, layout):
+    students, teachers = draw((2, 3, 5), device=device)
+    students = [leaf(s) for s in students]
+    shape = (3, 2, 2) if layout == "teachers and rows" else (3, 2)
+    factors = randn(*shape, device=device, seed=7).movedim(0, -1)
+    assert not factors.is_contiguous()
+    grads = []
+    for function in (bmtard.multi_teacher_kl, composed):
+        weight = torch.tensor([0.3, 0.7], dtype=torch.float64, device=device)
+        loss = function(students, teachers, weight=weight, sample_weight=factors, reduction="sum")
+        grads.append((loss, *torch.autograd.grad(loss, students)))
+    for actual, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean", "weighted_mean"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("sample", [None, (), (2,)], ids=str)
+def test_one_row_without_leading_dimensions(device, path, sample, weighted, reduction):
+    students, teachers = draw((10,), device=device)
+    weight = torch.tensor([0.3, 0.7], dtype=torch.float64, device=device) if weighted else None
+    factors = None if sample is None else randn(*sample, device=device, seed=7).abs()
+    results = []
+    for function in (bmtard.multi_teacher_kl, composed):
+        inputs = [leaf(x) for x in students]
+        losses = function(
+            inputs, teachers, 2.0, weight=weight, sample_weight=factors, reduction=reduction
+        )
+        results.append((losses, *oracles.gradients(losses, inputs)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0)], ids=str)
+def test_no_rows_with_weights(device, path, shape):
+    student = torch.empty(0, 10, device=device, requires_grad=True)
+    loss = bmtard.multi_teacher_kl(
+        [student, student], [student.detach()] * 2, reduction="sum", weight=[0.3, 0.7],
+        sample_weight=torch.ones(shape, device=device),
+    )  # fmt: skip
+    assert loss == 0
+    loss.backward()
+    assert student.grad.shape == (0, 10)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_square_of_a_half_temperature(device, path, dtype, weighted):
+    """300 ** 2 is infinite in float16."""
+    students, teachers = draw((3, 10), device=device, dtype=torch.float32, scale=300.0)
+    students = [leaf(s) for s in students]
+    weight = [0.3, 0.7] if weighted else None
+    options = {"weight": weight, "scale_by_temperature": True}
+    temperature = torch.tensor([300.0, 200.0], device=device)
+    actual = bmtard.multi_teacher_kl(students, teachers, temperature.to(dtype), **options)
+    expected = bmtard.multi_teacher_kl(students, teachers, temperature.to(dtype).float(), **options)
+    torch.testing.assert_close(actual, expected)
+    assert actual.isfinite().all()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_bool_mask_as_sample_weight(device, path, own, weighted):
+    students, teachers = draw((2, 3, 10), device=device)
+    masks = torch.tensor([[[1, 0, 1], [1, 1, 0]], [[0, 0, 1], [1, 0, 0]]], device=device).bool()
+    weight = [0.3, 0.7] if weighted else None
+
+    def loss(reduction):
+        return bmtard.multi_teacher_kl(
+            [leaf(s) for s in students], teachers, weight=weight,
+            sample_weight=masks if own else masks[0], reduction=reduction,
+        )  # fmt: skip
+
+    kept = [masks[k if own else 0] for k in range(2)]
+    means = [
+        bmtard.multi_teacher_kl(s[m], t[m])[0]
+        for s, t, m in zip(students, teachers, kept, strict=True)
+    ]
+    sums = [mean * m.sum() for mean, m in zip(means, kept, strict=True)]
+    for reduction, wanted in (
+        ("weighted_mean", means),
+        ("sum", sums),
+        ("batchmean", [x / 6 for x in sums]),
+        ("mean", [x / 60 for x in sums]),
+    ):
+        wanted = torch.stack(wanted)
+        wanted = wanted if weight is None else 0.3 * wanted[0] + 0.7 * wanted[1]
+        torch.testing.assert_close(loss(reduction), wanted)
+
+
+def test_weighted_mean_of_no_rows_is_nan(device, path):
+    student = randn(3, 10, device=device).requires_grad_()
+    mask = torch.zeros(3, dtype=torch.bool, device=device)
+    for weight in (None, [1.0]):
+        loss = bmtard.multi_teacher_kl(
+            student, student.detach(), weight=weight, sample_weight=mask, reduction="weighted_mean"
+        )
+        assert loss.isnan().all()
 
 
 def test_weight_may_be_a_list(device, path):
@@ -542,7 +646,7 @@ def test_inference_mode_and_no_grad(device, path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("c", [1, 10, 33, 1000])
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
-@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean"])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean", "weighted_mean"])
 @pytest.mark.parametrize("rows", ["none", "[N]", "[K, N]"])
 def test_a_constant_weight_changes_no_result(path, c, dtype, eps, reduction, rows):
     """Its gradients come with the forward pass, those of a learned one in a pass of their own."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,20 +17,25 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def is_number(value: object) -> bool:
-    """Also a scalar of NumPy, as a computed 8 / 255 may be one."""
-    kinds = (int, float, np.floating, np.integer)
-    return isinstance(value, kinds) and not isinstance(value, bool)
+    """Whether ``value`` is a real number of Python or NumPy, and no bool."""
+    # float and int first, because numbers.Real takes longer.
+    return isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
+
+
+def is_integer(value: object) -> bool:
+    """Whether ``value`` is an integer of Python or NumPy, and no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_positive(op: str, name: str, value: float) -> None:
     if not is_number(value):
         raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(value).__name__}")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:
         raise ValueError(f"{op}: {name} must be finite and > 0, got {value}")
 
 
 def check_eps(op: str, eps: float) -> None:
-    if not (is_number(eps) and math.isfinite(eps) and eps >= 0):
+    if not (is_number(eps) and 0 <= eps < math.inf):
         raise ValueError(f"{op}: eps must be finite and >= 0, got {eps}")
 
 
@@ -43,7 +48,7 @@ def two_numbers(op: str, name: str, bounds: tuple[float, float]) -> tuple[float,
 
 def check_bounds(op: str, bounds: tuple[float, float], name: str = "bounds") -> tuple[float, float]:
     low, high = two_numbers(op, name, bounds)
-    if not (0 < low < high and math.isfinite(high)):
+    if not 0 < low < high < math.inf:
         raise ValueError(f"{op}: {name} must satisfy 0 < lowest < highest, got {bounds}")
     return low, high
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bmtard import _library
 
@@ -57,9 +58,27 @@ def fake_rows(logits: Tensor) -> int:
 _warned: set[str] = set()
 
 
+# Private to torch. Without it, a transform raises torch's own errors.
+_in_functorch: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: False
+)
+
+
+def in_transform() -> bool:
+    """Whether a torch.func transform (grad, jvp, vmap, ...) or a level of dual numbers is active.
+
+    The kernels have no rules for these. Plain torch has.
+    """
+    return _in_functorch() or getattr(forward_ad, "_current_level", -1) >= 0
+
+
+# torch.compile calls it while it traces; it guards on transforms and dual levels by itself.
+in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def use_native(tensor: Tensor) -> bool:
-    """Whether there are compiled kernels for the tensor's device; warns once if not."""
-    if not _library.NATIVE:
+    """Whether the compiled kernels can serve here; warns once if the device has none."""
+    if not _library.NATIVE or in_transform():
         return False
     if tensor.is_cpu or (tensor.is_cuda and _library.has_cuda()):
         return True
@@ -75,10 +94,33 @@ def use_native(tensor: Tensor) -> bool:
     return False
 
 
-def split(temperature: float | Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float]:
+def varies(*numbers: float) -> bool:
+    """Whether torch.compile takes one of ``numbers`` for one that changes between calls.
+
+    As an argument of an op, it would be compiled again for each value.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not all(has_static_value(number) for number in numbers)
+
+
+def scalar(number: float, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """``number`` as a 0-d tensor on the device of ``like``."""
+    if varies(number):  # torch.compile makes this product a tensor op, but not torch.full
+        return like.new_ones((), dtype=dtype) * number
+    return torch.full((), float(number), dtype=dtype, device=like.device)
+
+
+def split(
+    temperature: float | Tensor, dtype: torch.dtype, like: Tensor
+) -> tuple[Tensor | None, float]:
     """The two arguments that a compiled op takes for a temperature; a tensor has precedence."""
     if isinstance(temperature, Tensor):
         return temperature.to(dtype), 0.0
+    if varies(temperature):
+        return scalar(temperature, dtype, like), 0.0
     return None, float(temperature)
 
 
@@ -91,10 +133,78 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return False
 
 
+# Private to torch: a batch of vmap, and of the older vmap behind ``is_grads_batched``.
+_batch_tests: list[Callable[[Tensor], bool]] = [
+    getattr(torch._C._functorch, name, lambda tensor: False)
+    for name in ("is_batchedtensor", "is_legacy_batchedtensor")
+]
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a vmap takes ``tensor`` for a batch of tensors."""
+    return any(test(tensor) for test in _batch_tests)
+
+
+def derived(tensor: Tensor) -> bool:
+    """Whether something differentiates by ``tensor``: autograd, a transform or a dual level."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return True
+    return in_transform() and _has_tangent(tensor)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    """The same for the levels of a transform below the uppermost, and for forward mode."""
+    functorch = torch._C._functorch
+    while True:
+        dual = getattr(forward_ad, "_current_level", -1) >= 0
+        if dual and forward_ad.unpack_dual(tensor).tangent is not None:
+            return True
+        if not functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = functorch.get_unwrapped(tensor)
+        if tensor.requires_grad:
+            return True
+
+
 def mark_overwritten(*tensors: Tensor) -> None:
     """Tells autograd that an op overwrote ``tensors``, so that it refuses stale saved values."""
     if not (torch.compiler.is_compiling() or tensors[0].is_inference()):
         torch.autograd.graph.increment_version(tensors)
+
+
+def recordable(tensor: Tensor) -> Tensor:
+    """A copy of an inference tensor, which autograd cannot save; else the tensor."""
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return tensor if torch.is_inference_mode_enabled() else tensor.clone()
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """``ctx.save_for_backward`` that takes inference tensors, which need no gradient, as well."""
+    ctx.constants = ()
+    if not torch.compiler.is_compiling():
+        for tensor in tensors:
+            if tensor is not None and tensor.is_inference():
+                ctx.constants = [t if t is not None and t.is_inference() else None for t in tensors]
+                tensors = tuple(
+                    None if constant is not None else t
+                    for t, constant in zip(tensors, ctx.constants, strict=True)
+                )
+                break
+    ctx.save_for_backward(*tensors)
+
+
+def saved(ctx: Any) -> Sequence[Any]:
+    """What :func:`save` got."""
+    tensors: Sequence[Any] = ctx.saved_tensors
+    if not ctx.constants:
+        return tensors
+    return [t if c is None else c for t, c in zip(tensors, ctx.constants, strict=True)]
+
+
+def distinct(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """For an autograd function, which torch.compile refuses if it gets one tensor twice."""
+    return [t.view_as(t) for t in tensors] if torch.compiler.is_compiling() else tensors
 
 
 def rows_of(logits: Tensor) -> Tensor:
@@ -117,6 +227,8 @@ def once_differentiable(op: str = "") -> Callable[[Callable[..., Any]], Callable
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(backward)
         def wrapper(ctx: Any, *grad_outputs: Any) -> Any:
+            if getattr(forward_ad, "_current_level", -1) >= 0:
+                _refuse_tangents(op or ctx.op, grad_outputs)
             if not torch.is_grad_enabled():
                 return backward(ctx, *grad_outputs)
             with torch.no_grad():
@@ -127,6 +239,15 @@ def once_differentiable(op: str = "") -> Callable[[Callable[..., Any]], Callable
         return wrapper
 
     return decorate
+
+
+def _refuse_tangents(op: str, grad_outputs: Sequence[Tensor | None]) -> None:
+    for grad in grad_outputs:
+        if grad is not None and forward_ad.unpack_dual(grad).tangent is not None:
+            raise NotImplementedError(
+                f"bmtard.{op} was called outside of the dual level, and its backward has no "
+                "forward-mode derivative; call it inside"
+            )
 
 
 class NoDoubleBackward(torch.autograd.Function):
@@ -154,22 +275,23 @@ class AttachGradients(torch.autograd.Function):
         ctx.op = op
         ctx.headroom = headroom
         ctx.given_away = False
-        ctx.save_for_backward(*tensors)
+        save(ctx, *tensors)
         return loss
 
     @staticmethod
     @once_differentiable()
     def backward(ctx: Any, grad: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        grads = saved[: len(saved) // 2]
+        tensors = saved(ctx)
+        grads = tensors[: len(tensors) // 2]
         if ctx.headroom != 1.0:
             grad = grad / ctx.headroom
         # A gradient of 1 is the usual case: the CPU path looks at it here, the CUDA kernel on the
         # device, and neither passes over memory then. The buffers may be scaled in place only if
         # no later backward needs them and no earlier one returned them.
-        if grad.is_cpu and not torch.compiler.is_compiling() and grad.item() == 1.0:
+        traced = torch.compiler.is_compiling() or in_transform() or is_batched(grad)
+        if grad.is_cpu and not traced and grad.item() == 1.0:
             ctx.given_away = True
-        elif torch.compiler.is_compiling() or ctx.given_away or _graph_is_kept():
+        elif traced or ctx.given_away or _graph_is_kept():
             grads = [(g.to(grad.dtype) * grad).to(g.dtype) for g in grads]
         else:
             native.scale_(grads, grad)

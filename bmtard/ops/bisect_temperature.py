@@ -14,16 +14,21 @@ from bmtard.ops._checks import (
     check_companion,
     check_logits,
     check_positive,
+    is_integer,
     is_number,
 )
 from bmtard.ops._dispatch import (
     NoDoubleBackward,
     fake_rows,
     flat,
+    in_transform,
     native,
     once_differentiable,
     register_fake,
     rows_of,
+    save,
+    saved,
+    scalar,
     use_native,
     wants_gradient,
 )
@@ -76,10 +81,9 @@ def bisect_temperature(
     check_logits(op, "logits", logits)
     rows_shape = logits.shape[:-1] if per_sample else torch.Size(())
     low, high = check_bounds(op, bounds)
-    if not (is_number(tolerance) and math.isfinite(tolerance) and tolerance >= 0):
+    if not (is_number(tolerance) and 0 <= tolerance < math.inf):
         raise ValueError(f"{op}: tolerance must be finite and >= 0, got {tolerance!r}")
-    whole = isinstance(max_iterations, int) and not isinstance(max_iterations, bool)
-    if not (whole and max_iterations >= 1):
+    if not (is_integer(max_iterations) and max_iterations >= 1):
         raise ValueError(f"{op}: max_iterations must be an integer >= 1, got {max_iterations!r}")
     if method not in ("halley", "bisection"):
         raise ValueError(f"{op}: method must be 'halley' or 'bisection', got {method!r}")
@@ -92,6 +96,12 @@ def bisect_temperature(
         start = _per_row(op, "initial", initial, logits, rows_shape, dtype).detach()
 
     if not use_native(logits):
+        transform = in_transform()
+        newton_steps = 1 if wants_gradient(logits, target) else 0
+        if transform:
+            # n steps have the derivatives up to the order 2^n - 1. Each transform may take one;
+            # so may a dual level and autograd around them.
+            newton_steps = (_transforms() + 2).bit_length()
         expand = (lambda t: t.expand(rows_shape).flatten()) if per_sample else (lambda t: t)
         found = reference.bisect_temperature(
             rows_of(logits),
@@ -101,20 +111,32 @@ def bisect_temperature(
             initial=None if start is None else expand(start),
             per_sample=per_sample,
             tolerance=float(tolerance),
-            max_iterations=max_iterations,
+            max_iterations=int(max_iterations),
+            newton_steps=newton_steps,
         )
-        temperature, *rest = (field.view(rows_shape) for field in found)
-        if temperature.requires_grad:
+        temperature, *rest = (field.reshape(rows_shape) for field in found)
+        if temperature.requires_grad and not transform:
             temperature = _OnceDifferentiable.apply(op, temperature, logits, target)
         return TemperatureSearch(temperature, *rest)
     arguments = (
-        low, high, bool(per_sample), float(tolerance), max_iterations, method == "bisection",
+        low, high, bool(per_sample), float(tolerance), int(max_iterations), method == "bisection",
     )  # fmt: skip
     if wants_gradient(logits, target):
         return TemperatureSearch(*_BisectTemperature.apply(logits, target, start, *arguments))
     fields = native.bisect_temperature(rows_of(logits), flat(target), flat(start), *arguments)
     temperature, entropy, _, status, iterations = (field.view(rows_shape) for field in fields)
     return TemperatureSearch(temperature, entropy, status, iterations)
+
+
+# Private to torch: how many torch.func transforms are active, or None.
+_current_level = getattr(torch._C._functorch, "maybe_current_level", lambda: None)
+
+
+def _transforms() -> int:
+    return _current_level() or 0
+
+
+_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _per_row(
@@ -131,7 +153,7 @@ def _per_row(
             raise TypeError(
                 f"{op}: {name} must be a number or a tensor, got {type(value).__name__}"
             )
-        return torch.full((), float(value), dtype=dtype, device=logits.device)
+        return scalar(value, dtype, logits)
     check_companion(op, name, value, logits)
     if value.dim() and value.shape != rows_shape:
         wanted = f"a float, 0-d or {list(rows_shape)}" if rows_shape else "a float or 0-d"
@@ -148,7 +170,7 @@ class _BisectTemperature(torch.autograd.Function):
             rows_of(logits), flat(target), flat(initial), *arguments
         )
         ctx.per_sample = arguments[2]
-        ctx.save_for_backward(logits, target, temperature, slope, status)
+        save(ctx, logits, target, temperature, slope, status)
         outputs = (temperature, entropy, status, iterations)
         if ctx.per_sample and logits.dim() != 2:
             outputs = tuple(field.view(logits.shape[:-1]) for field in outputs)
@@ -158,7 +180,7 @@ class _BisectTemperature(torch.autograd.Function):
     @staticmethod
     @once_differentiable("bisect_temperature")
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        logits, target, temperature, slope, status = ctx.saved_tensors
+        logits, target, temperature, slope, status = saved(ctx)
         # Implicit function theorem: d temperature / d target = temperature / slope,
         # d temperature / d logits = -(d entropy / d logits) temperature / slope.
         by_target = flat(grad) * temperature / slope
@@ -183,7 +205,7 @@ class _OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: str, value: Tensor, *inputs: Tensor) -> Tensor:
         ctx.op = op
-        ctx.save_for_backward(*inputs)
+        save(ctx, *inputs)
         return value.view_as(value)
 
     @staticmethod

@@ -12,7 +12,10 @@ from torch import Tensor
 from bmtard.ops._checks import check_pair
 from bmtard.ops._dispatch import (
     AttachGradients,
+    derived,
+    distinct,
     fake_rows,
+    in_transform,
     mark_overwritten,
     native,
     register_fake,
@@ -48,28 +51,77 @@ def bmtard_loss(
     first = students[0]
     if first.dim() != 2:
         students, teachers = [rows_of(s) for s in students], [rows_of(t) for t in teachers]
-    rows, classes = students[0].shape
-    divisor = {"mean": rows * classes, "batchmean": rows, "sum": 1}[reduction]
-    scale = 1.0 / divisor if divisor else math.nan  # the mean of nothing
-
-    headroom = 1.0
-    if first.dtype == torch.float16 and divisor:
-        # The gradients of a mean would underflow before they meet the large factor of a grad
-        # scaler. So the op returns them larger: none exceeds 2^13.
-        headroom = 2.0 ** (13 + math.floor(math.log2(divisor * student_temperature)))
     wants_grad = wants_gradient(*students)
     # The op changes the state, so it runs outside of autograd. It returns the gradients with the
     # loss; AttachGradients hands them to autograd.
-    loss, grads = native.bmtard_loss(
+    inputs = (
         [s.detach() for s in students] if wants_grad else students, teachers, *state,
         update, mode == "sign", *bounds, temperature_momentum, loss_exponent,
-        student_temperature, eps, scale, scale * headroom, tolerance, max_iterations, wants_grad,
+        student_temperature, eps,
     )  # fmt: skip
+    if torch.compiler.is_compiling():
+        loss, grads, factor = torch.ops.bmtard.bmtard_loss_of_any_size.default(
+            *inputs, reduction, tolerance, max_iterations, wants_grad
+        )
+        if not wants_grad:
+            return loss
+        # The powers of two cancel. Backward, they divide the incoming gradient.
+        loss = loss * factor
+        attached = AttachGradients.apply(
+            "BMTARDLoss", 1.0, loss, *grads.unbind(), *distinct(students)
+        )
+        return attached / factor
+    scale, headroom = _factors(first, reduction, student_temperature)
+    loss, grads = native.bmtard_loss(
+        *inputs, scale, scale * headroom, tolerance, max_iterations, wants_grad
+    )
     if update:
         mark_overwritten(*state[:5], state.step, state.status)
     if not wants_grad:
         return loss
     return AttachGradients.apply("BMTARDLoss", headroom, loss, *grads.unbind(), *students)
+
+
+def _factors(logits: Tensor, reduction: str, student_temperature: float) -> tuple[float, float]:
+    """Of the loss, and what its gradients get beyond that."""
+    classes = logits.shape[-1]
+    rows = logits.numel() // classes
+    divisor = {"mean": rows * classes, "batchmean": rows, "sum": 1}[reduction]
+    if not divisor:
+        return math.nan, 1.0  # the mean of nothing
+    headroom = 1.0
+    if logits.dtype == torch.float16:
+        # The gradients of a mean would underflow before they meet the large factor of a grad
+        # scaler. So the op returns them larger: none exceeds 2^13.
+        headroom = 2.0 ** (13 + math.floor(math.log2(divisor * student_temperature)))
+    return 1.0 / divisor, headroom
+
+
+def _loss_of_any_size(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, student_temperature, eps, reduction, tolerance, max_iterations, wants_grad = arguments
+    scale, headroom = _factors(inputs[0][0], reduction, student_temperature)
+    loss, grads = native.bmtard_loss(
+        *inputs, student_temperature, eps, scale, scale * headroom, tolerance, max_iterations,
+        wants_grad,
+    )  # fmt: skip
+    return loss, grads, torch.full_like(loss, headroom)
+
+
+if native:
+    # For torch.compile, which compiles again for each value of a float argument: here those that
+    # follow from the size of the batch are computed inside.
+    _library = torch.library.Library("bmtard", "FRAGMENT")
+    _library.define(
+        "bmtard_loss_of_any_size(Tensor[] student_logits, Tensor[] teacher_logits, "
+        "Tensor(a!) temperatures, Tensor(b!) weights, Tensor(c!) initial_losses, "
+        "Tensor(d!) entropies, Tensor(e!) losses, Tensor temperature_lr, Tensor weight_lr, "
+        "Tensor(f!) step, Tensor(g!) status, bool update, bool sign, float low, float high, "
+        "float temperature_momentum, float loss_exponent, float student_temperature, float eps, "
+        "str reduction, float tolerance, int max_iterations, bool wants_grad) "
+        "-> (Tensor, Tensor, Tensor)"
+    )
+    for _key in ("CPU", "CUDA"):
+        _library.impl("bmtard_loss_of_any_size", _loss_of_any_size, _key)
 
 
 def balanced_pairs(
@@ -84,9 +136,11 @@ def balanced_pairs(
                 f"{op}: {name} must be a sequence of {count} tensors, one for each teacher, "
                 f"got {len(side)}"
             )
-    if torch.is_grad_enabled():
+    transform = in_transform()
+    if transform or torch.is_grad_enabled():
         for k, logits in enumerate(teachers):
-            check_constant(op, k, logits)
+            if transform or logits.requires_grad:
+                check_constant(op, k, logits)
     if weights.device != students[0].device:
         raise ValueError(
             f"{op}: the module's state must be on the device of student_logits, "
@@ -97,7 +151,7 @@ def balanced_pairs(
 
 def check_constant(op: str, k: int, teacher_logits: Tensor) -> None:
     """Refuses logits of teacher ``k`` that require a gradient: the balance gives them none."""
-    if teacher_logits.requires_grad and torch.is_grad_enabled():
+    if derived(teacher_logits):
         raise ValueError(
             f"{op}: teacher_logits[{k}] requires grad, but the balance treats the teachers as "
             "constants; run them under torch.no_grad() or pass .detach()"
@@ -105,7 +159,7 @@ def check_constant(op: str, k: int, teacher_logits: Tensor) -> None:
 
 
 @register_fake("bmtard_loss")
-def _(students: Sequence[Tensor], teachers: Sequence[Tensor], *rest: Any) -> Any:
+def _fake(students: Sequence[Tensor], teachers: Sequence[Tensor], *rest: Any) -> Any:
     n, c = fake_rows(students[0]), students[0].shape[1]
     wants_grad = rest[-1]
     acc = accumulation_dtype(students[0].dtype)
@@ -113,3 +167,9 @@ def _(students: Sequence[Tensor], teachers: Sequence[Tensor], *rest: Any) -> Any
         students[0].new_empty((), dtype=acc),
         students[0].new_empty((len(students) if wants_grad else 0, n, c)),
     )
+
+
+@register_fake("bmtard_loss_of_any_size")
+def _(students: Sequence[Tensor], teachers: Sequence[Tensor], *rest: Any) -> Any:
+    loss, grads = _fake(students, teachers, *rest)
+    return loss, grads, torch.empty_like(loss)

@@ -18,18 +18,24 @@ from bmtard.ops._checks import (
 )
 from bmtard.ops._dispatch import (
     AttachGradients,
+    distinct,
     fake_rows,
+    is_batched,
     native,
     once_differentiable,
+    recordable,
     register_fake,
     rows_of,
+    save,
+    saved,
     split,
     use_native,
+    varies,
     wants_gradient,
 )
 from bmtard.reference import accumulation_dtype
 
-_REDUCTIONS = ("none", "sum", "mean", "batchmean")
+_REDUCTIONS = ("none", "sum", "mean", "batchmean", "weighted_mean")
 
 
 def multi_teacher_kl(
@@ -58,10 +64,12 @@ def multi_teacher_kl(
             are not read on the host.
         student_temperature: > 0.
         weight: [K]; the result is then sum_k weight_k L_k.
-        sample_weight: one factor for each row: of the rows' shape, or [K, *rows].
+        sample_weight: one factor for each row, of the rows' shape or [K, *rows]; a bool mask counts
+            as 1 where it is True.
         reduction: "none" keeps the rows; "sum" adds them; "batchmean" divides the sum by the
-            number of rows N; "mean" divides it by N * C, as the published B-MTARD, ARD and RSLAD
-            code does.
+            number of rows N, masked or not; "weighted_mean" divides it by the sum of
+            ``sample_weight``, so it is the mean over the unmasked rows; "mean" divides it by
+            N * C, as the published B-MTARD, ARD and RSLAD code does.
         scale_by_temperature: multiplies L_k by temperature_k ** 2.
         eps: inside log(p + eps); the published B-MTARD code has 1e-5.
 
@@ -88,8 +96,10 @@ def multi_teacher_kl(
             )
     else:
         check_positive(op, "temperature", temperature)
+        temperature = float(temperature)
     check_positive(op, "student_temperature", student_temperature)
     check_eps(op, eps)
+    student_temperature, eps = float(student_temperature), float(eps)
     rows_shape = first.shape[:-1]
     if weight is not None:
         if not isinstance(weight, Tensor):
@@ -110,6 +120,8 @@ def multi_teacher_kl(
             raise TypeError(
                 f"{op}: sample_weight must be a tensor, got {type(sample_weight).__name__}"
             )
+        if sample_weight.dtype == torch.bool:
+            sample_weight = sample_weight.to(accumulation_dtype(first.dtype))
         check_companion(op, "sample_weight", sample_weight, first)
         if sample_weight.shape not in (rows_shape, (count, *rows_shape)):
             raise ValueError(
@@ -118,14 +130,23 @@ def multi_teacher_kl(
             )
 
     dtype = accumulation_dtype(first.dtype)
-    divisor = None  # of the sum over the rows; None means no sum
-    if reduction != "none":
-        classes = first.shape[-1]
-        rows = first.numel() // classes
-        divisor = {"sum": 1, "batchmean": rows, "mean": rows * classes}[reduction]
+    rows = first.numel() // first.shape[-1]
+    if sample_weight is not None:
+        # [1, N] or [K, N]. No -1: it has no meaning where N is 0.
+        own = sample_weight.dim() == first.dim()
+        sample_weight = recordable(sample_weight).to(dtype).reshape(count if own else 1, rows)
+    if weight is not None:
+        weight = recordable(weight).to(dtype)
     # Without sample weights, the autograd function of the op divides and adds as well.
-    inner = divisor if sample_weight is None else None
-    if not use_native(first):
+    inner = reduction if sample_weight is None else "none"
+    squared: float | Tensor = 1.0
+    if scale_by_temperature:
+        if isinstance(temperature, Tensor):
+            squared = recordable(temperature).to(dtype).square()
+        else:
+            squared = temperature * temperature
+
+    if not use_native(first) or varies(student_temperature, eps):
         kl = reference.multi_teacher_kl(
             students if len(students) == count else students * count,
             teachers if len(teachers) == count else teachers * count,
@@ -133,15 +154,19 @@ def multi_teacher_kl(
             student_temperature=student_temperature,
             eps=eps,
         )
-        if inner is not None:
-            kl = _reduced(kl.flatten(1), inner)
+        kl = _reduced(kl.reshape(count, rows), inner, first)
     else:
-        tensor, value = split(temperature, torch.float64)
-        wants_grad = wants_gradient(tensor, *students, *teachers)
-        if (
-            wants_grad
-            and weight is not None
-            and divisor
+        tensor, value = split(temperature, torch.float64, first)
+        if not wants_gradient(tensor, *students, *teachers):
+            kl = native.multi_teacher_kl(
+                [rows_of(s) for s in students], [rows_of(t) for t in teachers],
+                tensor, value, student_temperature, eps, False,
+            )[0]  # fmt: skip
+            kl = _reduced(kl, inner, first)
+        elif (
+            weight is not None
+            and reduction != "none"
+            and rows
             # A float16 gradient may underflow before it meets the large factor of a grad scaler.
             and first.dtype != torch.float16
             and len(students) == count
@@ -149,54 +174,59 @@ def multi_teacher_kl(
             and not wants_gradient(tensor, weight, sample_weight, *teachers)
         ):
             # The gradients depend on nothing else, so the same launch computes them.
-            coefficient = weight.to(dtype) / divisor
+            coefficient = weight / _divisor(reduction, first, sample_weight)
             if scale_by_temperature:
-                coefficient = coefficient * (temperature * temperature)
-            coefficient = coefficient.to(dtype).view(count, 1).expand(count, rows)
+                coefficient = coefficient * squared
+            coefficient = coefficient.view(count, 1).expand(count, rows)
             if sample_weight is not None:
-                coefficient = coefficient * sample_weight.to(dtype).view(-1, rows)
+                coefficient = coefficient * sample_weight
             kl, grads = native.multi_teacher_kl_with_gradients(
                 [rows_of(s.detach()) for s in students], [rows_of(t) for t in teachers],
                 tensor, value, student_temperature, eps, coefficient,
             )  # fmt: skip
             loss = (kl * coefficient).sum()
-            return AttachGradients.apply(op, 1.0, loss, *grads, *map(rows_of, students))
-        if wants_grad:
+            return AttachGradients.apply(
+                op, 1.0, loss, *grads, *distinct([rows_of(s) for s in students])
+            )
+        else:
             kl = _MultiTeacherKL.apply(
                 tensor, value, student_temperature, eps, len(students), inner,
-                *students, *teachers,
+                *distinct([*students, *teachers]),
             )  # fmt: skip
-        else:
-            kl = native.multi_teacher_kl(
-                [rows_of(s) for s in students], [rows_of(t) for t in teachers],
-                tensor, value, student_temperature, eps, False,
-            )[0]  # fmt: skip
-            if inner is not None:
-                kl = _reduced(kl, inner)
-            elif first.dim() != 2:
-                kl = kl.view(count, *rows_shape)
 
     if sample_weight is not None:
-        kl = kl * sample_weight.to(dtype)
-        if divisor is not None:
-            kl = _reduced(kl.flatten(1), divisor)
+        kl = _reduced(kl * sample_weight, reduction, first, sample_weight)
     if scale_by_temperature:
-        squared = temperature * temperature
-        if isinstance(squared, Tensor):
-            squared = squared.to(dtype)
-            if squared.dim():
-                squared = squared.view(count, *(1,) * (kl.dim() - 1))
+        if isinstance(squared, Tensor) and squared.dim():
+            squared = squared.view(count, *(1,) * (kl.dim() - 1))
         kl = kl * squared
     if weight is not None:
         # Not tensordot: autocast would run it in a half type.
-        kl = (weight.to(dtype).view(count, *(1,) * (kl.dim() - 1)) * kl).sum(0)
+        kl = (weight.view(count, *(1,) * (kl.dim() - 1)) * kl).sum(0)
+    if reduction == "none" and first.dim() != 2:
+        kl = kl.reshape((*kl.shape[:-1], *rows_shape))
     return kl
 
 
-def _reduced(kl: Tensor, divisor: int) -> Tensor:
-    """[K, N] -> [K]: the sum over the rows, divided. The mean of no rows is 0 / 0 = NaN."""
+def _divisor(reduction: str, logits: Tensor, sample_weight: Tensor | None = None) -> int | Tensor:
+    """Of the sum over the rows: a number, or for "weighted_mean" [1] or [K]."""
+    if reduction == "sum":
+        return 1
+    if reduction == "weighted_mean" and sample_weight is not None:
+        return sample_weight.sum(1)
+    classes = logits.shape[-1]
+    rows = logits.numel() // classes
+    return rows * classes if reduction == "mean" else rows
+
+
+def _reduced(
+    kl: Tensor, reduction: str, logits: Tensor, sample_weight: Tensor | None = None
+) -> Tensor:
+    """[K, N] -> [K], but for "none". The mean of no rows is 0 / 0 = NaN."""
+    if reduction == "none":
+        return kl
     total = kl.sum(1)
-    return total if divisor == 1 else total / divisor
+    return total if reduction == "sum" else total / _divisor(reduction, logits, sample_weight)
 
 
 class _MultiTeacherKL(torch.autograd.Function):
@@ -208,7 +238,7 @@ class _MultiTeacherKL(torch.autograd.Function):
         student_temperature: float,
         eps: float,
         num_students: int,
-        divisor: int | None,
+        reduction: str,
         *logits: Tensor,
     ) -> Tensor:
         rows = [rows_of(x) for x in logits]
@@ -217,23 +247,26 @@ class _MultiTeacherKL(torch.autograd.Function):
             temperature, value, student_temperature, eps, True,
         )  # fmt: skip
         ctx.options = (value, student_temperature, eps)
-        ctx.num_students, ctx.divisor = num_students, divisor
-        ctx.save_for_backward(temperature, statistics, *logits)
-        if divisor is not None:
-            return _reduced(kl, divisor)
-        return kl if logits[0].dim() == 2 else kl.view(kl.shape[0], *logits[0].shape[:-1])
+        ctx.num_students, ctx.reduction = num_students, reduction
+        save(ctx, temperature, statistics, *logits)
+        return _reduced(kl, reduction, logits[0])
 
     @staticmethod
     @once_differentiable("multi_teacher_kl")
     def backward(ctx: Any, grad: Tensor) -> Any:
-        temperature, statistics, *logits = ctx.saved_tensors
+        temperature, statistics, *logits = saved(ctx)
         wants_temperature, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
+        if not torch.compiler.is_compiling() and is_batched(grad):
+            raise NotImplementedError(
+                "bmtard.multi_teacher_kl takes no batch of incoming gradients (is_grads_batched, "
+                "vectorize=True, vmap over backward); use torch.func.jacrev"
+            )
         n = ctx.num_students
         rows = [rows_of(x) for x in logits]
-        if ctx.divisor is None:
-            grad = grad.flatten(1)
-        else:
-            grad = grad if ctx.divisor == 1 else grad / ctx.divisor
+        if ctx.reduction != "none":
+            if ctx.reduction != "sum":
+                # From the shapes: torch.compile cannot keep a size that changes in ctx.
+                grad = grad / _divisor(ctx.reduction, rows[0])
             grad = grad.unsqueeze(1).expand(-1, rows[0].shape[0])
         grad_students, grad_teachers, grad_temperature = native.multi_teacher_kl_backward(
             grad, rows[:n], rows[n:], temperature, *ctx.options, statistics,

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from bmtard import reference
 from bmtard.ops._checks import check_floating, is_number, same_kind, two_numbers
-from bmtard.ops._dispatch import mark_overwritten, native, register_fake, use_native
+from bmtard.ops._dispatch import (
+    derived,
+    in_transform,
+    mark_overwritten,
+    native,
+    register_fake,
+    use_native,
+    varies,
+)
 
 
 def pgd_step_(
@@ -67,17 +75,25 @@ def pgd_step_(
             "call it under torch.no_grad() or pass x_adv.detach()"
         )
     for name, value in (("step_size", step_size), ("epsilon", epsilon)):
-        if not (is_number(value) and math.isfinite(value) and value >= 0):
+        if not (is_number(value) and 0 <= value < math.inf):
             raise ValueError(f"{op}: {name} must be finite and >= 0, got {value}")
+    step_size, epsilon = float(step_size), float(epsilon)
     low, high = (-math.inf, math.inf) if bounds is None else two_numbers(op, "bounds", bounds)
     if not low <= high:
         raise ValueError(f"{op}: bounds must be (lowest, highest), got {bounds}")
     if norm not in ("linf", "l2"):
         raise ValueError(f"{op}: norm must be 'linf' or 'l2', got {norm!r}")
 
+    native_path = use_native(x_adv) and not varies(step_size, epsilon)
+    if not native_path and in_transform():
+        for name, tensor in (("x_adv", x_adv), ("grad", grad), ("x", x)):
+            if derived(tensor):
+                raise ValueError(
+                    f"{op}: {name} carries a derivative, and the step has none; pass .detach()"
+                )
     if torch.is_grad_enabled():
         grad, x = grad.detach(), x.detach()
-    if not use_native(x_adv):
+    if not native_path:
         return reference.pgd_step_(
             x_adv, grad, x,
             step_size=step_size, epsilon=epsilon, low=low, high=high, norm=norm,

@@ -16,6 +16,8 @@ from bmtard.ops._dispatch import (
     once_differentiable,
     register_fake,
     rows_of,
+    save,
+    saved,
     split,
     use_native,
     wants_gradient,
@@ -63,7 +65,7 @@ def softmax_entropy(
     if not use_native(logits):
         entropy = reference.softmax_entropy(logits, temperature)
     else:
-        tensor, value = split(temperature, accumulation_dtype(logits.dtype))
+        tensor, value = split(temperature, accumulation_dtype(logits.dtype), logits)
         if wants_gradient(logits, tensor):
             entropy = _SoftmaxEntropy.apply(logits, tensor, value)
         else:
@@ -79,13 +81,13 @@ class _SoftmaxEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, temperature: Tensor | None, value: float) -> Tensor:
         entropy, statistics = native.softmax_entropy(rows_of(logits), flat(temperature), value)
         ctx.value = value
-        ctx.save_for_backward(logits, temperature, entropy, statistics)
+        save(ctx, logits, temperature, entropy, statistics)
         return entropy if logits.dim() == 2 else entropy.view(logits.shape[:-1])
 
     @staticmethod
     @once_differentiable("softmax_entropy")
     def backward(ctx: Any, grad: Tensor) -> Any:
-        logits, temperature, entropy, statistics = ctx.saved_tensors
+        logits, temperature, entropy, statistics = saved(ctx)
         wants_logits, wants_temperature, _ = ctx.needs_input_grad
         grad_logits, grad_temperature = native.softmax_entropy_backward(
             flat(grad), rows_of(logits), flat(temperature), ctx.value, entropy, statistics,
