@@ -25,7 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"  # a process with one thread can be forked
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"  # a process with one thread can be forked
 
 import torch
 
@@ -153,7 +154,8 @@ def prepare(folder: Path) -> tuple[TrainConfig, ImageData]:
         device="cpu",
     )
     for role, method in (("clean", "natural"), ("robust", "sat")):
-        finish(start(replace(config, method=method, output=folder / role), data))
+        teacher = replace(config, method=method, output=folder / role)  # type: ignore[arg-type]
+        finish(start(teacher, data))
     config = replace(
         config,
         method="bmtard",

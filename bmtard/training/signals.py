@@ -25,7 +25,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether a signal has asked to stop, while ``listening``. A second one stops at once."""
+    """Whether a signal has asked to stop, while ``listening``.
+
+    A second signal does not wait: it raises KeyboardInterrupt where it is.
+    """
 
     def __init__(self) -> None:
         self._number: int | None = None
@@ -64,8 +67,10 @@ class StopRequest:
             raise Stopped(self._number)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        again, self._number = self._number is not None, number
-        if self._at_once or again:
+        if self._number is not None:
+            raise KeyboardInterrupt
+        self._number = number
+        if self._at_once:
             raise Stopped(number)
 
 

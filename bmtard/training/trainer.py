@@ -181,10 +181,11 @@ class Trainer:
                 try:
                     chosen, results = self._train_and_test(log)
                 except Stopped as stopped:
-                    self._save_non_finite()
-                    self._save(log)
-                    where = f"epoch {self.epoch + 1}, batch {self.batch}"
-                    where = where if self.epoch < config.epochs else "the last epoch"
+                    where = "the last epoch"
+                    if self.epoch < config.epochs:
+                        where = f"epoch {self.epoch + 1}, batch {self.batch}"
+                        self._save_non_finite()
+                        self._save(log)
                     raise Stopped(
                         stopped.number,
                         f"stopped after {where}; --resume goes on exactly there, from "
