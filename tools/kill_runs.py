@@ -29,6 +29,7 @@ if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"  # a process with one thread can be forked
 
 import torch
+import torch._dynamo  # an optimizer imports it at its first step: once here, not in each run
 
 from bmtard.data import ImageData, load_digits
 from bmtard.training import checkpoint

@@ -61,7 +61,7 @@ def test_killed_at_every_write() -> None:
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     kills = int(run.stdout.split()[0])
-    assert kills > 10
+    assert kills >= 5
     assert f"{kills} kills, 1 runs to their end, 0 problems" in run.stdout
 
 
