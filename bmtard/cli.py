@@ -21,23 +21,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"bmtard: no command {name!r}\n\n{_help()}", file=sys.stderr)
         return 2
+    from bmtard.training.signals import Stopped, terminable
     from bmtard.training.trainer import NonFiniteLossError
 
     try:
-        return COMMANDS[name](rest) or 0
-    except (ValueError, FileNotFoundError, ImportError, NonFiniteLossError) as error:
+        with terminable():
+            return COMMANDS[name](rest) or 0
+    except (ValueError, OSError, ImportError, NonFiniteLossError) as error:
         print(f"bmtard {name}: {error}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # of the option parser, which has said why
         return int(stop.code or 0)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        status = interrupt.status if isinstance(interrupt, Stopped) else 130
+        message = str(interrupt) or "interrupted"
         hint = {
             "train": "; --resume continues at the last checkpoint",
             "reproduce": "; the same command goes on",
             "demo": "; the same command goes on",
         }.get(name, "")
-        print(f"\nbmtard {name}: interrupted{hint}", file=sys.stderr)
-        return 130
+        hint = "" if "--resume" in message else hint
+        print(f"\nbmtard {name}: {message}{hint}", file=sys.stderr)
+        return status
 
 
 def _help() -> str:
@@ -51,11 +56,16 @@ def _train(arguments: list[str]) -> None:
     """train a network: bmtard train PRESET [--option ...]"""
     tyro = import_extra("tyro", "train")
     from bmtard.training.config import PRESETS
-    from bmtard.training.metrics import read_metrics
+    from bmtard.training.metrics import Display, read_metrics
     from bmtard.training.report import plot_balance
-    from bmtard.training.trainer import train
+    from bmtard.training.trainer import replay, train
 
     config = tyro.extras.overridable_config_cli(PRESETS, prog="bmtard train", args=arguments)
+    if config.replay:
+        with Display() as display:
+            for line in replay(config, display.run()):
+                display.print(line)
+        return
     result = train(config)
     if "weights" in read_metrics(config.folder / "metrics.jsonl")[0]:
         plot_balance({config.method: [config.folder]}, config.folder / "balance.png")
@@ -67,16 +77,27 @@ def _evaluate(arguments: list[str]) -> None:
     tyro = import_extra("tyro", "train")
     from bmtard.training.config import EvaluateConfig
     from bmtard.training.evaluate import evaluate
-
-    def report(name: str, accuracy: float) -> None:
-        print(f"{name:24}{100 * accuracy:6.2f} %", flush=True)
+    from bmtard.training.metrics import Display, Progress
 
     wants_help = "-h" in arguments or "--help" in arguments
     if not wants_help and (not arguments or arguments[0].startswith("-")):
         raise ValueError("say which: bmtard evaluate CHECKPOINT [--option ...]")
     checkpoint, options = (Path(), arguments) if wants_help else (Path(arguments[0]), arguments[1:])
     config = tyro.cli(EvaluateConfig, prog="bmtard evaluate CHECKPOINT", args=options)
-    summary = evaluate(checkpoint, config, report)
+    with Display() as display:
+        attacks: dict[str, Progress] = {}
+
+        def report(name: str, accuracy: float) -> None:
+            attacks[name].end(f"{100 * accuracy:.2f} %")
+
+        def progress(name: str, done: int, total: int) -> None:
+            if name in attacks:
+                attacks[name].advance(f"{done} of {total} batches")
+            else:
+                attacks[name] = display.run()
+                attacks[name].begin(name, total)
+
+        summary = evaluate(checkpoint, config, report, progress=progress)
     for name, value in summary["weighted_robust_accuracy"].items():
         print(f"weighted, {name:14}{100 * value:6.2f} %")
     print(f"written: {config.output or checkpoint.with_name('evaluation.json')}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from bmtard.attacks import Norm, autoattack, check_images, pgd, square
 from bmtard.data import Batches, ImageData, load
 from bmtard.training.checkpoint import load_network
 from bmtard.training.config import EvaluateConfig, to_plain
+from bmtard.training.files import write_json
 
 # step sizes as parts of epsilon
 SUITE: dict[str, dict[str, Any]] = {
@@ -43,11 +43,13 @@ def accuracies(
     seed: int = 0,
     steps: int | None = None,
     report: Callable[[str, float], None] = lambda name, accuracy: None,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> dict[str, float]:
     """Fractions of correct answers: "clean", then each attack of :class:`EvaluateConfig`.
 
     images: uint8 [N, c, h, w]. steps: of the attacks by gradient steps, instead of their own
-    number. ``report`` is called with each result as it comes.
+    number. ``report`` is called with each result as it comes, ``progress`` with the attack, the
+    batches done and all of them.
     """
     batches = Batches(images, labels, batch_size=batch_size, device=device, max_value=max_value)
     network.eval()
@@ -55,7 +57,8 @@ def accuracies(
     for name in ("clean", *attacks):
         generator = torch.Generator(device).manual_seed(seed)
         correct = torch.zeros((), dtype=torch.int64, device=device)
-        for x, y in batches.epoch():
+        for index, (x, y) in enumerate(batches.epoch()):
+            progress(name, index, len(batches))
             check_images(x)
             if name in ("square", "autoattack"):
                 options: dict[str, Any] = {"epsilon": epsilon, "norm": norm, "seed": seed}
@@ -98,6 +101,7 @@ def evaluate(
     config: EvaluateConfig,
     report: Callable[[str, float], None],
     data: ImageData | None = None,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint on the test images of its data set and writes the JSON file.
 
@@ -127,6 +131,7 @@ def evaluate(
         square_queries=config.square_queries,
         seed=config.seed,
         report=report,
+        progress=progress,
     )
     summary = {
         "checkpoint": str(path),
@@ -141,7 +146,7 @@ def evaluate(
     }
     output = config.output or path.with_name("evaluation.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(output, summary)
     return summary
 
 
