@@ -14,7 +14,7 @@ from typing import Any
 
 from bmtard.extras import import_extra
 from bmtard.training.config import TrainConfig, to_plain
-from bmtard.training.methods import METHODS
+from bmtard.training.methods import find_method
 from bmtard.training.reproduce.config import STUDENTS, TEACHERS, ReproduceConfig
 from bmtard.training.trainer import FREE_FIELDS
 
@@ -119,7 +119,7 @@ def configurations(config: ReproduceConfig) -> dict[str, TrainConfig]:
     if len({key_of(name, 0) for name in configs}) < len(configs):
         raise ValueError(f"students: names must differ in letters, got {', '.join(configs)}")
     for name in TEACHERS.values():
-        if METHODS[configs[name].method].needs:
+        if find_method(configs[name].method).needs:
             raise ValueError(f"{name}: method {configs[name].method} needs teachers itself")
     return configs
 
@@ -136,7 +136,7 @@ def plan(config: ReproduceConfig) -> list[Job]:
                 continue
             taught_by = {
                 role: key_of(TEACHERS[role], seed % teacher_seeds)
-                for role in METHODS[train.method].needs
+                for role in find_method(train.method).needs
             }
             by_key = {job.key: job for job in jobs}
             checkpoints = {role: by_key[key].checkpoint for role, key in taught_by.items()}
