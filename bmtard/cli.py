@@ -48,14 +48,13 @@ def _help() -> str:
 
 
 def _train(arguments: list[str]) -> None:
-    """train a network: bmtard train PRESET [--option ...]"""
-    tyro = import_extra("tyro", "train")
-    from bmtard.training.config import PRESETS
+    """train a network: bmtard train PRESET|--config FILE [--option ...]"""
     from bmtard.training.metrics import read_metrics
     from bmtard.training.report import plot_balance
+    from bmtard.training.settings import train_config
     from bmtard.training.trainer import train
 
-    config = tyro.extras.overridable_config_cli(PRESETS, prog="bmtard train", args=arguments)
+    config = train_config(arguments)
     result = train(config)
     if "weights" in read_metrics(config.folder / "metrics.jsonl")[0]:
         plot_balance({config.method: [config.folder]}, config.folder / "balance.png")

@@ -155,7 +155,8 @@ class Trainer:
             resume_step=self.step if config.resume else None,
             tensorboard=config.tensorboard,
         )
-        write_json(self.folder / "config.json", to_plain(config))
+        again = replace(config, resume=False, overwrite=False)
+        write_json(self.folder / "config.json", to_plain(again))
         self.progress.begin(title, config.epochs, self.epoch)
         try:
             while self.epoch < config.epochs:
