@@ -66,18 +66,26 @@ def _evaluate(arguments: list[str]) -> None:
     tyro = import_extra("tyro", "train")
     from bmtard.training.config import EvaluateConfig
     from bmtard.training.evaluate import evaluate
-
-    def report(name: str, accuracy: float) -> None:
-        print(f"{name:24}{100 * accuracy:6.2f} %", flush=True)
+    from bmtard.training.metrics import Display
 
     wants_help = "-h" in arguments or "--help" in arguments
     if not wants_help and (not arguments or arguments[0].startswith("-")):
         raise ValueError("say which: bmtard evaluate CHECKPOINT [--option ...]")
     checkpoint, options = (Path(), arguments) if wants_help else (Path(arguments[0]), arguments[1:])
     config = tyro.cli(EvaluateConfig, prog="bmtard evaluate CHECKPOINT", args=options)
-    summary = evaluate(checkpoint, config, report)
+    with Display() as display:
+
+        def report(name: str, accuracy: float) -> None:
+            display.print(f"{name:24}{100 * accuracy:6.2f} %")
+
+        summary = evaluate(checkpoint, config, report, progress=display.run())
     for name, value in summary["weighted_robust_accuracy"].items():
         print(f"weighted, {name:14}{100 * value:6.2f} %")
+    if summary["sanity"]:
+        print("\nIs it to be believed?")
+        for check in summary["sanity"]["checks"]:
+            print(f"  {'ok ' if check['passed'] else 'NO '} {check['sentence']}")
+        print(summary["sanity"]["verdict"].partition(". ")[0].rstrip(".") + ".")
     print(f"written: {config.output or checkpoint.with_name('evaluation.json')}")
 
 

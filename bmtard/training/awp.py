@@ -28,7 +28,7 @@ def perturbed_weights(
     with torch.no_grad():
         for buffer, before in zip(network.buffers(), kept, strict=True):
             buffer.copy_(before)
-        pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # weight, its value, perturbed value
+        pairs: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # weight, its value, perturbed value
         for weight, grad in zip(weights, grads, strict=True):
             if grad is not None:
                 way = (gamma * weight.norm() / (grad.norm() + _EPS)) * grad

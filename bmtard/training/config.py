@@ -347,6 +347,9 @@ class EvaluateConfig:
     """checkpoint of the network on which the transfer attacks are made"""
     square_queries: int = 5000
     """of the Square attack"""
+    sanity: int = 128
+    """test images, the first ones, for the checks whether the robustness is to be believed; 0: no
+    checks"""
     seed: int = 0
     """of the random starts"""
     data_dir: Path | None = None
@@ -359,6 +362,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         require(self, "batch_size", self.batch_size >= 1, ">= 1")
         require(self, "square_queries", self.square_queries >= 1, ">= 1")
+        require(self, "sanity", self.sanity >= 0, ">= 0")
         if self.epsilon is not None:
             require(self, "epsilon", 0 < self.epsilon < math.inf, "finite and > 0")
         if self.limit is not None:

@@ -16,6 +16,8 @@ from bmtard.attacks import Norm, autoattack, check_images, pgd, square
 from bmtard.data import Batches, ImageData, load
 from bmtard.training.checkpoint import load_network
 from bmtard.training.config import EvaluateConfig, to_plain
+from bmtard.training.metrics import Progress
+from bmtard.training.sanity import check_sanity
 
 # step sizes as parts of epsilon
 SUITE: dict[str, dict[str, Any]] = {
@@ -43,20 +45,25 @@ def accuracies(
     seed: int = 0,
     steps: int | None = None,
     report: Callable[[str, float], None] = lambda name, accuracy: None,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Fractions of correct answers: "clean", then each attack of :class:`EvaluateConfig`.
 
     images: uint8 [N, c, h, w]. steps: of the attacks by gradient steps, instead of their own
-    number. ``report`` is called with each result as it comes.
+    number. ``report`` is called with each result as it comes, ``progress`` after each batch.
     """
     batches = Batches(images, labels, batch_size=batch_size, device=device, max_value=max_value)
     network.eval()
     results: dict[str, float] = {}
+    if progress is not None:
+        progress.begin("evaluation", len(batches) * (1 + len(attacks)))
     for name in ("clean", *attacks):
         generator = torch.Generator(device).manual_seed(seed)
         correct = torch.zeros((), dtype=torch.int64, device=device)
+        seen = 0
         for x, y in batches.epoch():
             check_images(x)
+            seen += len(y)
             if name in ("square", "autoattack"):
                 options: dict[str, Any] = {"epsilon": epsilon, "norm": norm, "seed": seed}
                 if name == "square":
@@ -81,6 +88,9 @@ def accuracies(
                 )
             with torch.no_grad():
                 correct += (network(x).argmax(1) == y).sum()
+            if progress is not None:
+                right = f"{100 * int(correct) / seen:.1f} %"
+                progress.advance(f"{name}: {right} of {seen} images")
         results[name] = int(correct) / len(images)
         report(name, results[name])
     return results
@@ -98,6 +108,7 @@ def evaluate(
     config: EvaluateConfig,
     report: Callable[[str, float], None],
     data: ImageData | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint on the test images of its data set and writes the JSON file.
 
@@ -127,7 +138,24 @@ def evaluate(
         square_queries=config.square_queries,
         seed=config.seed,
         report=report,
+        progress=progress,
     )
+    sanity: dict[str, Any] | None = None
+    if config.sanity:
+        count = min(config.sanity, config.limit or config.sanity)
+        sanity = check_sanity(
+            network,
+            data.test_images[:count].to(device).float() / data.max_value,
+            data.test_labels[:count].to(device),
+            epsilon=epsilon,
+            norm=config.norm,
+            results=results,
+            seed=config.seed,
+            batch_size=config.batch_size,
+        )
+    seconds = time.perf_counter() - started
+    if progress is not None:
+        progress.end(f"{seconds:.0f} s")
     summary = {
         "checkpoint": str(path),
         "method": trained["method"],
@@ -136,8 +164,9 @@ def evaluate(
         "images": len(data.test_labels[: config.limit]),
         "accuracy": results,
         "weighted_robust_accuracy": weighted(results),
+        "sanity": sanity,
         "evaluation": to_plain(config),
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
     }
     output = config.output or path.with_name("evaluation.json")
     output.parent.mkdir(parents=True, exist_ok=True)

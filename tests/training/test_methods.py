@@ -305,8 +305,16 @@ def test_the_configured_attack_is_the_default(batch: tuple[Tensor, Tensor]) -> N
     torch.testing.assert_close(dict(student.state_dict()), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["natural", "sat", "trades", "mart", "ard", "iad-i"])
-def test_label_smoothing(name: str, batch: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("name", "clean", "weight"),
+    [
+        ("natural", True, 1.0), ("sat", False, 1.0), ("trades", True, 1.0), ("mart", False, 1.0),
+        ("ard", True, 0.3), ("iad-i", True, 0.1), ("iad-ii", False, 0.25),
+    ],
+)  # fmt: skip
+def test_label_smoothing(
+    name: str, clean: bool, weight: float, batch: tuple[Tensor, Tensor]
+) -> None:
     """Moves the loss by s (mean_c -log p_c + log p_y) of the logits whose labels it is."""
     x, y = batch
     student, s = network(0).eval(), 0.3
@@ -314,11 +322,10 @@ def test_label_smoothing(name: str, batch: tuple[Tensor, Tensor]) -> None:
     for smoothing in (0.0, s):
         options = replace(CONFIG.loss, label_smoothing=smoothing)
         method = find_method(name)(
-            replace(CONFIG, method=name, loss=options), {"robust": teacher(1)}
+            replace(CONFIG, method=name, loss=options),
+            {"robust": teacher(1), "clean": teacher(2)},
         )
         losses.append(method.loss(student, x, x.flip(0), y))
-    clean, weight = {"natural": (True, 1), "trades": (True, 1), "ard": (True, 0.3),
-                     "iad-i": (True, 0.1)}.get(name, (False, 1))  # fmt: skip
     log_p = student(x if clean else x.flip(0)).log_softmax(1)
     moved = weight * s * (log_p[range(N), y] - log_p.mean(1)).mean()
     torch.testing.assert_close(losses[1] - losses[0], moved)
