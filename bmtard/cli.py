@@ -21,23 +21,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"bmtard: no command {name!r}\n\n{_help()}", file=sys.stderr)
         return 2
+    from bmtard.training.signals import Stopped, terminable
     from bmtard.training.trainer import NonFiniteLossError
 
     try:
-        return COMMANDS[name](rest) or 0
-    except (ValueError, FileNotFoundError, ImportError, NonFiniteLossError) as error:
+        with terminable():
+            return COMMANDS[name](rest) or 0
+    except (ValueError, OSError, ImportError, NonFiniteLossError) as error:
         print(f"bmtard {name}: {error}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # of the option parser, which has said why
         return int(stop.code or 0)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        status = interrupt.status if isinstance(interrupt, Stopped) else 130
+        message = str(interrupt) or "interrupted"
         hint = {
             "train": "; --resume continues at the last checkpoint",
             "reproduce": "; the same command goes on",
             "demo": "; the same command goes on",
         }.get(name, "")
-        print(f"\nbmtard {name}: interrupted{hint}", file=sys.stderr)
-        return 130
+        hint = "" if "--resume" in message else hint
+        print(f"\nbmtard {name}: {message}{hint}", file=sys.stderr)
+        return status
 
 
 def _help() -> str:
@@ -49,12 +54,17 @@ def _help() -> str:
 
 def _train(arguments: list[str]) -> None:
     """train a network: bmtard train PRESET|--config FILE [--option ...]"""
-    from bmtard.training.metrics import read_metrics
+    from bmtard.training.metrics import Display, read_metrics
     from bmtard.training.report import plot_balance
     from bmtard.training.settings import train_config
-    from bmtard.training.trainer import train
+    from bmtard.training.trainer import replay, train
 
     config = train_config(arguments)
+    if config.replay:
+        with Display() as display:
+            for line in replay(config, display.run()):
+                display.print(line)
+        return
     result = train(config)
     if "weights" in read_metrics(config.folder / "metrics.jsonl")[0]:
         plot_balance({config.method: [config.folder]}, config.folder / "balance.png")
@@ -66,7 +76,7 @@ def _evaluate(arguments: list[str]) -> None:
     tyro = import_extra("tyro", "train")
     from bmtard.training.config import EvaluateConfig
     from bmtard.training.evaluate import evaluate
-    from bmtard.training.metrics import Display
+    from bmtard.training.metrics import Display, Progress
 
     wants_help = "-h" in arguments or "--help" in arguments
     if not wants_help and (not arguments or arguments[0].startswith("-")):
@@ -74,11 +84,19 @@ def _evaluate(arguments: list[str]) -> None:
     checkpoint, options = (Path(), arguments) if wants_help else (Path(arguments[0]), arguments[1:])
     config = tyro.cli(EvaluateConfig, prog="bmtard evaluate CHECKPOINT", args=options)
     with Display() as display:
+        attacks: dict[str, Progress] = {}
 
         def report(name: str, accuracy: float) -> None:
-            display.print(f"{name:24}{100 * accuracy:6.2f} %")
+            attacks[name].end(f"{100 * accuracy:.2f} %")
 
-        summary = evaluate(checkpoint, config, report, progress=display.run())
+        def progress(name: str, done: int, total: int) -> None:
+            if name in attacks:
+                attacks[name].advance(f"{done} of {total} batches")
+            else:
+                attacks[name] = display.run()
+                attacks[name].begin(name, total)
+
+        summary = evaluate(checkpoint, config, report, progress=progress)
     for name, value in summary["weighted_robust_accuracy"].items():
         print(f"weighted, {name:14}{100 * value:6.2f} %")
     if summary["sanity"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -11,23 +13,30 @@ from torch import nn
 
 from bmtard.models import build_model
 from bmtard.models.checkpoints import read_torch_file
+from bmtard.training.files import write_bytes
 
 FORMAT = 1
 """Of the checkpoint's dictionary; raised when an old reader would misread it."""
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes ``state`` beside ``path`` and renames it, so that ``path`` is never half a file."""
+def save(path: Path, state: dict[str, Any], *, previous: Path | None = None) -> None:
+    """Writes ``state`` so that ``path`` is never half a file; its old content becomes ``previous``.
+
+    Raises OSError, one line that names ``path``; what was there stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"bmtard_checkpoint": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
+    # In memory first: torch.save hides why a file cannot be written.
+    content = io.BytesIO()
+    torch.save({"bmtard_checkpoint": FORMAT, **state}, content)
+    if previous is not None and path.exists():
+        # A second name, so that path is there all the time.
+        temporary = path.with_name(f"{previous.name}.{os.getpid()}.tmp")
+        with contextlib.suppress(OSError):  # a file system without links keeps one checkpoint
+            os.link(path, temporary)
+            os.replace(temporary, previous)
+        # A rename between two names of one file leaves both.
         temporary.unlink(missing_ok=True)
+    write_bytes(path, content.getbuffer())
 
 
 def load(path: Path) -> dict[str, Any]:

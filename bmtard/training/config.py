@@ -264,7 +264,11 @@ class TrainConfig:
     overwrite: bool = False
     """start anew where the output folder already holds a run"""
     resume: bool = False
-    """continue from last.pt in the output folder, exactly as if never interrupted"""
+    """continue from last.pt in the output folder, exactly as if never interrupted; without one,
+    begin"""
+    replay: Path | None = None
+    """non-finite.pt of a run of these settings: do that step again, tell what was not finite, and
+    write nothing"""
     validation_fraction: float = 0.0
     """part of the training images kept for choosing best.pt by weighted robust accuracy (PGD);
     with 0 the result is the last epoch. Test images never choose."""

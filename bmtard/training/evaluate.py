@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from bmtard.attacks import Norm, autoattack, check_images, pgd, square
 from bmtard.data import Batches, ImageData, load
 from bmtard.training.checkpoint import load_network
 from bmtard.training.config import EvaluateConfig, to_plain
-from bmtard.training.metrics import Progress
+from bmtard.training.files import write_json
 from bmtard.training.sanity import check_sanity
 
 # step sizes as parts of epsilon
@@ -45,25 +44,23 @@ def accuracies(
     seed: int = 0,
     steps: int | None = None,
     report: Callable[[str, float], None] = lambda name, accuracy: None,
-    progress: Progress | None = None,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> dict[str, float]:
     """Fractions of correct answers: "clean", then each attack of :class:`EvaluateConfig`.
 
     images: uint8 [N, c, h, w]. steps: of the attacks by gradient steps, instead of their own
-    number. ``report`` is called with each result as it comes, ``progress`` after each batch.
+    number. ``report`` is called with each result as it comes, ``progress`` with the attack, the
+    batches done and all of them.
     """
     batches = Batches(images, labels, batch_size=batch_size, device=device, max_value=max_value)
     network.eval()
     results: dict[str, float] = {}
-    if progress is not None:
-        progress.begin("evaluation", len(batches) * (1 + len(attacks)))
     for name in ("clean", *attacks):
         generator = torch.Generator(device).manual_seed(seed)
         correct = torch.zeros((), dtype=torch.int64, device=device)
-        seen = 0
-        for x, y in batches.epoch():
+        for index, (x, y) in enumerate(batches.epoch()):
+            progress(name, index, len(batches))
             check_images(x)
-            seen += len(y)
             if name in ("square", "autoattack"):
                 options: dict[str, Any] = {"epsilon": epsilon, "norm": norm, "seed": seed}
                 if name == "square":
@@ -88,9 +85,6 @@ def accuracies(
                 )
             with torch.no_grad():
                 correct += (network(x).argmax(1) == y).sum()
-            if progress is not None:
-                right = f"{100 * int(correct) / seen:.1f} %"
-                progress.advance(f"{name}: {right} of {seen} images")
         results[name] = int(correct) / len(images)
         report(name, results[name])
     return results
@@ -108,7 +102,7 @@ def evaluate(
     config: EvaluateConfig,
     report: Callable[[str, float], None],
     data: ImageData | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint on the test images of its data set and writes the JSON file.
 
@@ -154,8 +148,6 @@ def evaluate(
             batch_size=config.batch_size,
         )
     seconds = time.perf_counter() - started
-    if progress is not None:
-        progress.end(f"{seconds:.0f} s")
     summary = {
         "checkpoint": str(path),
         "method": trained["method"],
@@ -170,7 +162,7 @@ def evaluate(
     }
     output = config.output or path.with_name("evaluation.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(output, summary)
     return summary
 
 

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Writes beside ``path`` and renames, so that ``path`` is never half a file.
+
+    Raises OSError, one line that names ``path``; what was there stays.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes beside ``path`` and renames, so that ``path`` is never half a file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -33,16 +49,39 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def remove_temporaries(folder: Path) -> None:
+    """What a killed process had half written; only for the owner of ``folder``."""
+    for path in folder.glob("*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def locked(folder: Path, *, wait: bool) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool, name: str = ".lock") -> Iterator[None]:
     """Owns ``folder`` through a lock on a file in it, which ends with the process at the latest.
 
-    Where another process has it: waits, or raises ValueError naming the folder.
+    Where another process has it: waits, or raises ValueError naming the folder. Raises OSError, one
+    line, where the folder cannot be made or written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise ValueError(f"another process works in {folder}") from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / name, "ab")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise OSError(f"cannot write into {folder}: {error.strerror or error}") from error
+    with file:
+        while not _lock(file):
+            if not wait:
+                raise ValueError(f"another process works in {folder}")
+            time.sleep(0.1)
         yield
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Whether this process has the lock now."""
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True

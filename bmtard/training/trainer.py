@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
+import os
+import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,17 +22,22 @@ from bmtard.training import checkpoint
 from bmtard.training.awp import perturbed_weights
 from bmtard.training.config import TrainConfig, saved_settings, to_plain
 from bmtard.training.evaluate import accuracies, resolve_device, weighted
-from bmtard.training.files import write_json
+from bmtard.training.files import locked, remove_temporaries, write_json
 from bmtard.training.methods import Method, find_method
 from bmtard.training.metrics import Display, MetricsLog, Progress
+from bmtard.training.signals import Stopped, StopRequest
 from bmtard.training.teachers import check_teacher, sample
 
 # What may differ between a run and its continuation without changing its numbers.
 FREE_FIELDS = {
     "data_dir", "teacher_clean", "teacher_robust", "teacher", "check_teachers", "device", "output",
-    "overwrite", "resume", "test_attacks", "log_every", "checkpoint_every", "max_skipped",
+    "overwrite", "resume", "replay", "test_attacks", "log_every", "checkpoint_every", "max_skipped",
     "tensorboard",
 }  # fmt: skip
+
+
+CHECKPOINTS = ("last.pt", "previous.pt", "best.pt", "non-finite.pt")
+"""The last one, the one before it, that of the best validation, and before a non-finite step."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -48,11 +57,12 @@ class TrainResult:
 
 
 class Trainer:
-    """One run of a :class:`TrainConfig`.
+    """One run of a :class:`TrainConfig`. Its folder belongs to the caller, see ``files.locked``.
 
     Non-finite losses and gradients: such a step changes neither weights nor momentum nor batch
     statistics, without a look at the device; they are counted, and too many in an epoch are an
-    error. On the CPU a resumed run equals an uninterrupted one bit for bit.
+    error. The first one is saved as non-finite.pt, see :meth:`replay`. On the CPU a resumed run
+    equals an uninterrupted one bit for bit.
     """
 
     def __init__(
@@ -60,7 +70,8 @@ class Trainer:
     ) -> None:
         """``data``: already loaded, else by ``config.data``."""
         self.config, self.progress, self.folder = config, progress, config.folder
-        if (self.folder / "last.pt").exists() and not (config.resume or config.overwrite):
+        anew = not (config.resume or config.overwrite or config.replay)
+        if (self.folder / "last.pt").exists() and anew:
             raise ValueError(
                 f"{self.folder} already holds a run: resume it, overwrite it, or choose another "
                 "output"
@@ -117,8 +128,19 @@ class Trainer:
         self.average: nn.Module | None = None
         if config.ema:
             self.average = copy.deepcopy(self.network).requires_grad_(False)
-        self.epoch, self.step, self.best = 0, 0, -1.0
-        if config.resume:
+        self.epoch, self.batch, self.step, self.best = 0, 0, 0, -1.0
+        self.epoch_seconds = 0.0  # of training, in this epoch
+        # summed losses of good steps, good steps, skipped steps; since the last log line, then
+        # until it in this epoch
+        self.recent = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.totals = [0.0, 0.0, 0.0]
+        # the state at some step, and whether each step since was skipped
+        self._before: dict[str, Any] = {}
+        self._flags: list[Tensor] = []
+        self.stop = StopRequest()
+        if config.replay:
+            self._load(config.replay, checkpoint.load(config.replay))
+        elif config.resume:
             self._resume()
         self.student: nn.Module = self.network
         if config.compile:
@@ -146,31 +168,45 @@ class Trainer:
         return self.network if self.average is None else self.average
 
     def run(self) -> TrainResult:
-        """Trains to the last epoch, tests, and writes results.json."""
+        """Trains to the last epoch, tests, and writes results.json.
+
+        SIGTERM and SIGINT end it with a checkpoint, exact to the step, and raise Stopped; OSError,
+        one line, tells where a file cannot be written.
+        """
         config = self.config
         started = time.perf_counter()
         title = f"{config.method} {config.model} on {config.data}, seed {config.seed}"
+        if not config.resume:
+            for name in (*CHECKPOINTS, "results.json"):
+                (self.folder / name).unlink(missing_ok=True)
         log = MetricsLog(
             self.folder,
             resume_step=self.step if config.resume else None,
+            in_epoch=self.batch > 0,
             tensorboard=config.tensorboard,
         )
-        again = replace(config, resume=False, overwrite=False)
-        write_json(self.folder / "config.json", to_plain(again))
-        self.progress.begin(title, config.epochs, self.epoch)
         try:
-            while self.epoch < config.epochs:
-                self.progress.advance(self._train_epoch(log))
-                if self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs:
-                    checkpoint.save(self.folder / "last.pt", self.state())
-            chosen = self.folder / ("best.pt" if self.validation else "last.pt")
-            network = self.evaluated
-            if self.validation:
-                network = checkpoint.load_network(chosen, self.device, config.model)[0]
-            results = self._accuracies(
-                network, self.data.test_images, self.data.test_labels, config.test_attacks
-            )
-            log.write("test", self.step, **results)
+            with self.stop.listening():
+                again = replace(config, resume=False, overwrite=False)
+                write_json(self.folder / "config.json", to_plain(again))
+                self.progress.begin(title, config.epochs, self.epoch)
+                try:
+                    chosen, results = self._train_and_test(log)
+                except Stopped as stopped:
+                    where = "the last epoch"
+                    if self.epoch < config.epochs:
+                        where = f"epoch {self.epoch + 1}, batch {self.batch}"
+                        self._save_non_finite()
+                        self._save(log)
+                    raise Stopped(
+                        stopped.number,
+                        f"stopped after {where}; --resume goes on exactly there, from "
+                        f"{self.folder / 'last.pt'}",
+                    ) from None
+        except OSError as error:
+            last = self.folder / "last.pt"
+            kept = f"; --resume goes on from {last} as it is" if last.exists() else ""
+            raise OSError(f"{error}{kept}") from error
         finally:
             log.close()
         seconds = time.perf_counter() - started
@@ -184,6 +220,30 @@ class Trainer:
         numbers = ", ".join(f"{name} {100 * value:.1f} %" for name, value in results.items())
         self.progress.end(f"{numbers} ({seconds:.0f} s)")
         return TrainResult(checkpoint=chosen, accuracy=results, seconds=seconds)
+
+    def _train_and_test(self, log: MetricsLog) -> tuple[Path, dict[str, float]]:
+        """Returns the checkpoint that counts, and its accuracies."""
+        config = self.config
+        while self.epoch < config.epochs:
+            self.progress.advance(self._train_epoch(log))
+            if self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs:
+                self._save(log)
+        chosen = self.folder / ("best.pt" if self.validation else "last.pt")
+        network = self.evaluated
+        if self.validation:
+            network = checkpoint.load_network(chosen, self.device, config.model)[0]
+        with self.stop.at_once():
+            results = self._accuracies(
+                network, self.data.test_images, self.data.test_labels, config.test_attacks
+            )
+        log.write("test", self.step, **results)
+        return chosen, results
+
+    def _save(self, log: MetricsLog) -> None:
+        """Writes last.pt, and what the log has told until then."""
+        log.sync()
+        previous = self.folder / "previous.pt"
+        checkpoint.save(self.folder / "last.pt", self.state(), previous=previous)
 
     def _accuracies(
         self,
@@ -203,62 +263,88 @@ class Trainer:
             max_value=self.data.max_value,
             device=self.device,
             steps=steps,
+            progress=lambda name, done, total: self.progress.within(
+                self.batch / len(self.batches), f"{name} {100 * done / total:.0f} %"
+            ),
         )
 
     def _train_epoch(self, log: MetricsLog) -> str:
-        """Returns a line for the display."""
+        """The rest of this epoch; returns a line for the display."""
         config = self.config
         steps = len(self.batches)
-        started = logged = time.perf_counter()
-        # summed losses of good steps, good steps, skipped steps; since the last log, then in all
-        recent = torch.zeros(3, dtype=torch.float64, device=self.device)
-        totals = [0.0, 0.0, 0.0]
-        for index, (x, labels) in enumerate(self.batches.epoch(self.epoch)):
-            progress = (self.epoch + index / steps) / config.epochs
-            lr = config.optimizer.lr * config.optimizer.factor(progress)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.method.set_progress(progress)
+        logged, logged_step = time.perf_counter(), self.step
+        started = logged - self.epoch_seconds
+        self._before = {}
+        for x, labels in itertools.islice(self.batches.epoch(self.epoch), self.batch, None):
+            self._watch()
+            lr = self._set_rates()
             loss, skipped = self._train_step(x, labels)
-            recent += torch.stack([loss.masked_fill(skipped, 0), ~skipped, skipped])
+            self.recent += torch.stack([loss.masked_fill(skipped, 0), ~skipped, skipped])
+            self._flags.append(skipped)
             self.step += 1
-            if self.step % config.log_every == 0 or index == steps - 1:
+            self.batch += 1
+            if self.step % config.log_every == 0 or self.batch == steps:
                 observed = self.method.observed()
-                values = torch.cat([recent, *observed.values()]).tolist()  # the only wait
+                values = torch.cat([self.recent, *observed.values()]).tolist()  # the only wait
                 loss_sum, good, bad, *rest = values
-                totals = [a + b for a, b in zip(totals, values[:3], strict=True)]
-                recent.zero_()
+                self.totals = [a + b for a, b in zip(self.totals, values[:3], strict=True)]
+                self.recent.zero_()
                 now = time.perf_counter()
                 fields: dict[str, Any] = {}
                 for name, tensor in observed.items():
                     fields[name], rest = rest[: len(tensor)], rest[len(tensor) :]
+                mean = loss_sum / good if good else None
                 log.write(
                     "train",
                     self.step,
-                    epoch=self.epoch + (index + 1) / steps,
-                    loss=loss_sum / good if good else None,
+                    epoch=self.epoch + self.batch / steps,
+                    loss=mean,
                     lr=lr,
-                    images_per_s=(good + bad) * self.batches.batch_size / (now - logged),
+                    images_per_s=(self.step - logged_step)
+                    * self.batches.batch_size
+                    / (now - logged),
                     skipped=int(bad),
                     **fields,
                 )
-                logged = now
-        self.epoch += 1
-        loss_sum, good, bad = totals
+                logged, logged_step = now, self.step
+                if bad:
+                    self._save_non_finite()
+                self._before = {}
+                text = "" if mean is None else f"loss {mean:.4f}"
+                self.progress.within(self.batch / steps, text)
+            self.epoch_seconds = time.perf_counter() - started
+            self.stop.check()
+        loss_sum, good, bad = self.totals
         if bad > config.max_skipped * steps:
             raise NonFiniteLossError(
-                f"epoch {self.epoch}: {bad:.0f} of {steps} steps had a non-finite loss or gradient "
-                f"and were skipped, more than max_skipped={config.max_skipped} allows; a lower "
-                f"optimizer.lr than {config.optimizer.lr} may help"
+                f"epoch {self.epoch + 1}: {bad:.0f} of {steps} steps had a non-finite loss or "
+                f"gradient and were skipped, more than max_skipped={config.max_skipped} allows; a "
+                f"lower optimizer.lr than {config.optimizer.lr} may help"
             )
         fields = {"loss": loss_sum / good, "skipped": int(bad)} if good else {"skipped": int(bad)}
-        due = self.epoch % config.validation_every == 0 or self.epoch == config.epochs
-        if self.validation and due:
-            fields |= self._validate()
-        log.write("epoch", self.step, seconds=time.perf_counter() - started, **fields)
+        due = (self.epoch + 1) % config.validation_every == 0 or self.epoch + 1 == config.epochs
+        results = self._validate() if self.validation and due else {}
+        seconds = time.perf_counter() - started
+        self.epoch, self.batch, self.epoch_seconds = self.epoch + 1, 0, 0.0
+        self.totals = [0.0, 0.0, 0.0]
         text = f"loss {fields.get('loss', float('nan')):.4f}"
-        validation = fields.get("weighted")
-        return text + (f", validation {100 * validation:.1f} %" if validation is not None else "")
+        if results:
+            text += f", validation {100 * results['weighted']:.1f} %"
+            if results["weighted"] > self.best:
+                self.best = results["weighted"]
+                checkpoint.save(self.folder / "best.pt", self.state())
+        log.write("epoch", self.step, seconds=seconds, **fields, **results)
+        return text
+
+    def _set_rates(self) -> float:
+        """Those of the next step; returns the optimizer's learning rate."""
+        options = self.config.optimizer
+        progress = (self.epoch + self.batch / len(self.batches)) / self.config.epochs
+        lr = options.lr * options.factor(progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.method.set_progress(progress)
+        return lr
 
     def _train_step(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the loss and whether the step was skipped, both 0-d on the device."""
@@ -316,15 +402,68 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def _validate(self) -> dict[str, float]:
-        """Measures the validation images; keeps the best network so far as best.pt."""
+        """Measures the validation images."""
         assert self.validation is not None
-        steps = self.config.validation_steps
-        results = self._accuracies(self.evaluated, *self.validation, ("pgd-sat",), steps)
-        score = weighted(results)["pgd-sat"]
-        if score > self.best:
-            self.best = score
-            checkpoint.save(self.folder / "best.pt", self.state())
-        return {**results, "weighted": score}
+        with self.stop.at_once():
+            results = self._accuracies(
+                self.evaluated, *self.validation, ("pgd-sat",), self.config.validation_steps
+            )
+        return {**results, "weighted": weighted(results)["pgd-sat"]}
+
+    def _watch(self) -> None:
+        """Keeps the state at the first step after a log line, until the next one."""
+        if not self._before:
+            # Its tensors live on, so these are copies; in host memory, which is there.
+            self._before = _copied(self.state()) if not self._non_finite.exists() else {"step": 0}
+            self._flags = []
+
+    @property
+    def _non_finite(self) -> Path:
+        return self.folder / "non-finite.pt"
+
+    def _save_non_finite(self) -> None:
+        """Writes the first batch whose loss or gradient was not finite, and how to come to it."""
+        if "model" not in self._before:
+            return
+        flags = torch.stack(self._flags).tolist()
+        if not any(flags):
+            return
+        epoch, batch = self._before["epoch"], self._before["batch"] + flags.index(True)
+        x, labels = next(itertools.islice(self.batches.epoch(epoch), batch, None))
+        found = {
+            "epoch": epoch,
+            "batch": batch,
+            "step": self._before["step"] + flags.index(True),
+            "seed": self.config.seed,
+            "images": x.cpu(),
+            "labels": labels.cpu(),
+        }
+        checkpoint.save(self._non_finite, {**self._before, "non_finite": found})
+        self.progress.note(
+            f"epoch {epoch + 1}, batch {batch + 1}: loss or gradient not finite, skipped; the same "
+            f"command with --replay {self._non_finite} does it again"
+        )
+
+    def replay(self) -> Iterator[str]:
+        """Does again the steps from the state in ``config.replay`` to the one that was not finite;
+        a line on each, then on what was not finite. Nothing is written."""
+        path = self.config.replay
+        assert path is not None
+        found = checkpoint.load(path).get("non_finite")
+        if found is None:
+            raise ValueError(f"replay: {path} was not written because of a non-finite step")
+        rest = itertools.islice(self.batches.epoch(self.epoch), self.batch, found["batch"] + 1)
+        for x, labels in rest:
+            self._set_rates()
+            loss, skipped = self._train_step(x, labels)
+            self.batch += 1
+            outcome = "not finite" if skipped else "finite"
+            yield f"epoch {self.epoch + 1}, batch {self.batch}: loss {float(loss):.4g}, {outcome}"
+        for name, parameter in self.network.named_parameters():
+            gradient = parameter.grad
+            if gradient is not None and not gradient.isfinite().all():
+                count = int((~gradient.isfinite()).sum())
+                yield f"{name}: {count} of {gradient.numel()} gradients not finite"
 
     def state(self) -> dict[str, Any]:
         """Of the checkpoint. The learning rates follow from epoch and configuration."""
@@ -338,8 +477,12 @@ class Trainer:
             "teachers": self.method.seen(),
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
+            "batch": self.batch,
             "step": self.step,
             "best": self.best,
+            "recent": self.recent,
+            "totals": self.totals,
+            "epoch_seconds": self.epoch_seconds,
             "random": {
                 "cpu": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
@@ -347,8 +490,23 @@ class Trainer:
         }
 
     def _resume(self) -> None:
-        path = self.folder / "last.pt"
-        state = checkpoint.load(path)
+        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
+        if not last.exists():
+            self.progress.note(f"no checkpoint in {self.folder} yet: begins with the first epoch")
+            return
+        try:
+            state = checkpoint.load(last)
+        except ValueError as damage:
+            if not previous.exists():
+                raise
+            state = checkpoint.load(previous)
+            self.progress.note(f"{damage}; goes on from {previous}")
+            temporary = self.folder / "last.pt.tmp"
+            shutil.copyfile(previous, temporary)
+            os.replace(temporary, last)
+        self._load(last, state)
+
+    def _load(self, path: Path, state: dict[str, Any]) -> None:
         now, then = to_plain(self.config), saved_settings(state["config"])
         if changed := [n for n in now if n not in FREE_FIELDS and now[n] != then[n]]:
             name = changed[0]
@@ -366,16 +524,39 @@ class Trainer:
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+        self.batch = state.get("batch", 0)
+        if self.batch:
+            self.recent.copy_(state["recent"])
+            self.totals, self.epoch_seconds = state["totals"], state["epoch_seconds"]
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda" and state["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
 
 
+def _copied(value: Any) -> Any:
+    """Nested dicts and lists with their tensors copied to host memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: _copied(item) for name, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
 def train(
     config: TrainConfig, progress: Progress | None = None, data: ImageData | None = None
 ) -> TrainResult:
-    """Runs one configuration to its last epoch; shows its progress if nobody else does."""
-    if progress is not None:
+    """Runs one configuration to its last epoch; shows its progress if nobody else does.
+
+    Raises ValueError where another process trains in the same folder.
+    """
+    if progress is None:
+        with Display() as display:
+            return train(config, display.run(), data)
+    with locked(config.folder, wait=False, name=".train.lock"):
+        remove_temporaries(config.folder)
         return Trainer(config, progress, data).run()
-    with Display() as display:
-        return Trainer(config, display.run(), data).run()
+
+
+def replay(config: TrainConfig, progress: Progress, data: ImageData | None = None) -> Iterator[str]:
+    """See :meth:`Trainer.replay`."""
+    return Trainer(config, progress, data).replay()

@@ -35,6 +35,12 @@ class Quiet:
     def advance(self, text: str) -> None:
         self.lines.append(text)
 
+    def within(self, part: float, text: str) -> None:
+        assert 0 <= part <= 1
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
     def end(self, text: str) -> None:
         self.lines.append(text)
 

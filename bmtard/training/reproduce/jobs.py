@@ -18,7 +18,7 @@ from bmtard.data import ImageData, load
 from bmtard.training import checkpoint
 from bmtard.training.config import saved_settings
 from bmtard.training.evaluate import SUITE, accuracies, resolve_device
-from bmtard.training.files import locked, read_json, write_json
+from bmtard.training.files import locked, read_json, remove_temporaries, write_json
 from bmtard.training.metrics import Progress, read_metrics
 from bmtard.training.report import machine
 from bmtard.training.reproduce.plan import Job, Measurement, deciding
@@ -112,6 +112,12 @@ class _Training:
     def advance(self, text: str) -> None:
         self.progress.advance(text)
 
+    def within(self, part: float, text: str) -> None:
+        self.progress.within(part, text)
+
+    def note(self, text: str) -> None:
+        self.progress.note(text)
+
     def end(self, text: str) -> None:
         """The job goes on with its evaluation."""
 
@@ -165,6 +171,9 @@ def run_evaluation(job: Job, surrogates: dict[str, Path], progress: Progress) ->
                 else checkpoint.load_network(surrogates[m.surrogate], device)[0],
                 square_queries=m.square_queries,
                 seed=m.seed,
+                progress=lambda name, done, total: progress.within(
+                    done / total, f"{name} {100 * done / total:.0f} %"
+                ),
             )
             found[m.name] = {
                 "accuracy": result[m.attack],
@@ -183,8 +192,8 @@ def run_evaluation(job: Job, surrogates: dict[str, Path], progress: Progress) ->
 
 def _tidy(folder: Path) -> None:
     """Without the last attempt's error and what it had half written when it was killed."""
-    for path in (folder / ERROR, *folder.glob("*.tmp")):
-        path.unlink(missing_ok=True)
+    (folder / ERROR).unlink(missing_ok=True)
+    remove_temporaries(folder)
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from bmtard.training.reproduce.jobs import (
     run_training,
 )
 from bmtard.training.reproduce.plan import Job
+from bmtard.training.signals import Stopped
 
 
 @dataclass(slots=True)
@@ -168,6 +169,10 @@ class Pool:
                 shown[key].begin(*values)
         elif kind == "advance":
             shown[key].advance(*values)
+        elif kind == "within":
+            shown[key].within(*values)
+        elif kind == "note":
+            self.display.print(f"{task.job.name}, seed {task.job.seed}: {values[0]}")
         else:
             worker.task = None
             if kind == "failed":
@@ -197,6 +202,12 @@ class _Sender:
     def advance(self, text: str) -> None:
         self.connection.send(("advance", text))
 
+    def within(self, part: float, text: str) -> None:
+        self.connection.send(("within", part, text))
+
+    def note(self, text: str) -> None:
+        self.connection.send(("note", text))
+
     def end(self, text: str) -> None:
         """Told by the task's result."""
 
@@ -219,6 +230,8 @@ def _work(connection: Connection, threads: int) -> None:
                 answer = ("done",)
             else:
                 answer = ("done", run_evaluation(job, surrogates, progress))
+        except Stopped:
+            return
         except Exception as error:
             text = str(error).partition("\n")[0]
             answer = ("failed", f"failed: {type(error).__name__}: {text}")
