@@ -53,14 +53,13 @@ def _help() -> str:
 
 
 def _train(arguments: list[str]) -> None:
-    """train a network: bmtard train PRESET [--option ...]"""
-    tyro = import_extra("tyro", "train")
-    from bmtard.training.config import PRESETS
+    """train a network: bmtard train PRESET|--config FILE [--option ...]"""
     from bmtard.training.metrics import Display, read_metrics
     from bmtard.training.report import plot_balance
+    from bmtard.training.settings import train_config
     from bmtard.training.trainer import replay, train
 
-    config = tyro.extras.overridable_config_cli(PRESETS, prog="bmtard train", args=arguments)
+    config = train_config(arguments)
     if config.replay:
         with Display() as display:
             for line in replay(config, display.run()):
@@ -100,6 +99,11 @@ def _evaluate(arguments: list[str]) -> None:
         summary = evaluate(checkpoint, config, report, progress=progress)
     for name, value in summary["weighted_robust_accuracy"].items():
         print(f"weighted, {name:14}{100 * value:6.2f} %")
+    if summary["sanity"]:
+        print("\nIs it to be believed?")
+        for check in summary["sanity"]["checks"]:
+            print(f"  {'ok ' if check['passed'] else 'NO '} {check['sentence']}")
+        print(summary["sanity"]["verdict"].partition(". ")[0].rstrip(".") + ".")
     print(f"written: {config.output or checkpoint.with_name('evaluation.json')}")
 
 

@@ -533,3 +533,12 @@ def test_mtard_weights_come_from_the_balance() -> None:
         weights = 0.5 * weights + 0.5 * relative / relative.sum()
         weights = weights / weights.sum()
         torch.testing.assert_close(actual, (weights * each).sum().float())
+
+
+def test_label_smoothing_is_checked() -> None:
+    z = torch.randn(N, C)
+    for value in (-0.1, 1.5, "much"):
+        with pytest.raises(ValueError, match=r"trades_loss: label_smoothing must be 0 to 1, got"):
+            losses.trades_loss(
+                clean_logits=z, adversarial_logits=z, labels=z.argmax(1), label_smoothing=value
+            )

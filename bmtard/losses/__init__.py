@@ -9,6 +9,7 @@ rounding. What each docstring names, because results depend on it:
   "none" keeps them;
 - the ``eps`` in log(p + eps) of the target probabilities p;
 - the temperatures, and whether the loss is multiplied by the temperature squared;
+- ``label_smoothing`` of the cross entropies, as in ``F.cross_entropy``, 0 by default;
 - which logits receive gradient. Teacher logits never do: they are detached here.
 
 Rows can be left out: where a loss has labels by ``ignore_index`` (usually -100), elsewhere by a

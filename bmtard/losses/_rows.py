@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bmtard.ops import multi_teacher_kl
-from bmtard.ops._checks import check_logits
+from bmtard.ops._checks import check_logits, is_number
 
 _NO_LABEL = torch.iinfo(torch.int64).min
 """For F.cross_entropy, whose own default would leave rows of label -100 out unasked."""
@@ -31,12 +31,16 @@ class Rows:
         ignore_index: int | None = None,
         mask: Tensor | None = None,
         reduction: str = "batchmean",
+        label_smoothing: float = 0.0,
     ) -> None:
         if reduction not in ("none", "sum", "mean", "batchmean"):
             raise ValueError(
                 f"{op}: reduction must be 'none', 'sum', 'mean' or 'batchmean', got {reduction!r}"
             )
+        if not (is_number(label_smoothing) and 0 <= label_smoothing <= 1):
+            raise ValueError(f"{op}: label_smoothing must be 0 to 1, got {label_smoothing!r}")
         check_logits(op, "logits", logits)
+        self.label_smoothing = label_smoothing
         self.op, self.reduction = op, reduction
         self.shape, self.classes = logits.shape[:-1], logits.shape[-1]
         self.counted: Tensor | None = None
@@ -95,8 +99,9 @@ class Rows:
             reduction = "none"
         try:
             loss = F.cross_entropy(
-                wide(logits), self.labels, ignore_index=_NO_LABEL, reduction=reduction
-            )
+                wide(logits), self.labels, ignore_index=_NO_LABEL, reduction=reduction,
+                label_smoothing=self.label_smoothing,
+            )  # fmt: skip
         except IndexError:
             raise self._bad_label() from None
         return loss if self.counted is None else self.reduced(loss, per_row=True)

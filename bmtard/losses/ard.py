@@ -17,6 +17,7 @@ def ard_loss(
     alpha: float = 1.0,
     reduction: str = "mean",
     ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """alpha T^2 mean KL(T(x)^T || S(x')^T) + (1 - alpha) CE(S(x), y) (Goldblum et al., AAAI 2020).
 
@@ -25,7 +26,7 @@ def ard_loss(
     """
     rows = Rows(
         "ard_loss", student_adversarial_logits, labels,
-        ignore_index=ignore_index, reduction=reduction,
+        ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
     )  # fmt: skip
     adversarial, taught = rows.flat(student_adversarial_logits, teacher_clean_logits.detach())
     distilled = rows.divergence(

@@ -23,6 +23,7 @@ def iad_loss(
     target_logits: Tensor | None = None,
     reduction: str = "batchmean",
     ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """IAD-I (Zhu et al., ICLR 2022): trust the teacher less where it is wrong on x'.
 
@@ -37,7 +38,7 @@ def iad_loss(
         target_logits = student_clean_logits
     rows = Rows(
         "iad_loss", student_adversarial_logits, labels,
-        ignore_index=ignore_index, reduction=reduction,
+        ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
     )  # fmt: skip
     adversarial, clean, target, taught_clean, taught_adversarial = rows.flat(
         student_adversarial_logits, student_clean_logits, target_logits,
@@ -69,6 +70,7 @@ def iad2_loss(
     introspect: bool = True,
     reduction: str = "batchmean",
     ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """IAD-II (Zhu et al., ICLR 2022): a robust and a clean teacher, both on x'.
 
@@ -79,7 +81,7 @@ def iad2_loss(
     """
     rows = Rows(
         "iad2_loss", student_adversarial_logits, labels,
-        ignore_index=ignore_index, reduction=reduction,
+        ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
     )  # fmt: skip
     adversarial, clean, robust_taught, clean_taught = rows.flat(
         student_adversarial_logits, student_clean_logits,

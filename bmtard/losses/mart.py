@@ -18,6 +18,7 @@ def mart_loss(
     beta: float = 6.0,
     eps: float = 1e-12,
     ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Boosted cross entropy + weighted divergence (Wang et al., ICLR 2020).
 
@@ -27,7 +28,10 @@ def mart_loss(
     near 0, for logits 27 and more below the largest; ``eps=0`` is the exact KL in one fused op.
     """
     check_eps("mart_loss", eps)
-    rows = Rows("mart_loss", clean_logits, labels, ignore_index=ignore_index)
+    rows = Rows(
+        "mart_loss", clean_logits, labels,
+        ignore_index=ignore_index, label_smoothing=label_smoothing,
+    )  # fmt: skip
     clean, adversarial = rows.flat(clean_logits, adversarial_logits)
     hard = rows.cross_entropy(adversarial)
     log_adversarial = wide(adversarial).log_softmax(1)

@@ -16,6 +16,7 @@ def trades_loss(
     target_logits: Tensor | None = None,
     reduction: str = "batchmean",
     ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """CE(S(x), y) + beta * batchmean KL(S(x) || S(x')) (Zhang et al., ICML 2019).
 
@@ -23,7 +24,10 @@ def trades_loss(
     S(x) of the divergence from a forward pass of its own, as the published code has it, which
     matters where S has dropout; by default ``clean_logits``.
     """
-    rows = Rows("trades_loss", clean_logits, labels, ignore_index=ignore_index, reduction=reduction)
+    rows = Rows(
+        "trades_loss", clean_logits, labels, ignore_index=ignore_index, reduction=reduction,
+        label_smoothing=label_smoothing,
+    )  # fmt: skip
     target_logits = clean_logits if target_logits is None else target_logits
     clean, adversarial, target = rows.flat(clean_logits, adversarial_logits, target_logits)
     robust = rows.divergence(adversarial, target)

@@ -13,10 +13,14 @@ from typing import Any, Literal
 
 from bmtard import balance
 from bmtard.data import check_data_name
+from bmtard.extras import is_object_name
 from bmtard.models import check_model_name
 from bmtard.training.teachers import Teacher, default_images, parse_teacher
 
-MethodName = Literal["natural", "sat", "trades", "ard", "rslad", "adaad", "mtard", "bmtard"]
+METHOD_NAMES = (
+    "natural", "sat", "fgsm-rs", "n-fgsm", "trades", "mart", "ard", "rslad", "iad-i", "iad-ii",
+    "adaad", "mtard", "bmtard",
+)  # fmt: skip
 AttackName = Literal[
     "fgsm", "pgd-sat", "pgd-trades", "cw", "square", "autoattack", "transfer-pgd", "transfer-cw"
 ]
@@ -43,7 +47,12 @@ class AttackConfig:
     random_start: Literal["uniform", "gaussian", "none"] = "gaussian"
     """uniform in the ball, or Gaussian of standard deviation 0.001 as in the B-MTARD code"""
     batch_norm: Literal["eval", "train"] = "eval"
-    """mode of the student during the attack; the ARD and IAD code has "train" """
+    """mode of the student during the attack"""
+    as_published: bool = False
+    """instead of random_start and batch_norm those of the method's own code: uniform in sat, ard
+    and iad-*, which is not clipped to [0, 1] in the last two, else gaussian; "train" in ard and
+    iad-*, else "eval". What the attack maximises is always the method's own; fgsm-rs and n-fgsm
+    have attacks of their own throughout"""
 
     def __post_init__(self) -> None:
         require(self, "epsilon", 0 < self.epsilon < math.inf, "finite and > 0")
@@ -98,6 +107,30 @@ class LossConfig:
 
     trades_beta: float = 6.0
     """weight of the divergence in trades"""
+    mart_beta: float = 6.0
+    """weight of the divergence in mart"""
+    iad_temperature: float = 1.0
+    """of students and teachers in iad-i and iad-ii"""
+    iad_beta: float = 0.1
+    """power of the robust teacher's probability of the label, its trust, in iad-i and iad-ii"""
+    iad1_alpha: float = 1.0
+    """weight of the distillation against the labels in iad-i, in [0, 1]"""
+    iad1_begin: float = 0.3
+    """part of the training after which the student of iad-i looks at itself (epoch 60 of 200)"""
+    iad2_alpha_robust: float = 0.5
+    """weight of the robust teacher in iad-ii; what both weights leave to 1 is that of the labels"""
+    iad2_alpha_clean: float = 0.25
+    """weight of the clean teacher in iad-ii"""
+    iad2_begin: float = 0.2
+    """the same as iad1_begin in iad-ii (epoch 40 of 200)"""
+    fgsm_rs_step: float = 1.25
+    """step of fgsm-rs, over epsilon"""
+    n_fgsm_step: float = 1.0
+    """step of n-fgsm, over epsilon"""
+    n_fgsm_noise: float = 2.0
+    """noise of n-fgsm, over epsilon"""
+    label_smoothing: float = 0.0
+    """spread over all classes in every cross entropy with the labels, in [0, 1)"""
     ard_temperature: float = 30.0
     """of student and teacher in ard"""
     ard_alpha: float = 1.0
@@ -113,8 +146,18 @@ class LossConfig:
     def __post_init__(self) -> None:
         require(self, "trades_beta", 0 <= self.trades_beta < math.inf, "finite and >= 0")
         require(self, "ard_temperature", 0 < self.ard_temperature < math.inf, "finite and > 0")
-        for name in ("ard_alpha", "rslad_adversarial_weight", "adaad_alpha"):
+        for name in (
+            "ard_alpha", "rslad_adversarial_weight", "adaad_alpha", "iad1_alpha", "iad1_begin",
+            "iad2_alpha_robust", "iad2_alpha_clean", "iad2_begin",
+        ):  # fmt: skip
             require(self, name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        both = self.iad2_alpha_robust + self.iad2_alpha_clean
+        require(self, "iad2_alpha_clean", both <= 1, "<= 1 - iad2_alpha_robust")
+        for name in ("mart_beta", "iad_beta", "n_fgsm_noise"):
+            require(self, name, 0 <= getattr(self, name) < math.inf, "finite and >= 0")
+        for name in ("iad_temperature", "fgsm_rs_step", "n_fgsm_step"):
+            require(self, name, 0 < getattr(self, name) < math.inf, "finite and > 0")
+        require(self, "label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
         scale = self.distillation_scale
         require(self, "distillation_scale", 0 < scale < math.inf, "finite and > 0")
 
@@ -145,6 +188,20 @@ class BalanceConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AWPConfig:
+    """Adversarial weight perturbation (Wu et al., NeurIPS 2020) around the loss of any method."""
+
+    gamma: float = 0.0
+    """size over each weight's norm; published: 0.01 with sat, 0.005 with trades; 0: none"""
+    warmup: float = 0.0
+    """epochs without; published: 0 with sat, 10 of 200 with trades"""
+
+    def __post_init__(self) -> None:
+        require(self, "gamma", 0 <= self.gamma < math.inf, "finite and >= 0")
+        require(self, "warmup", 0 <= self.warmup < math.inf, "finite and >= 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """One training run. The defaults are the settings of the published CIFAR-10 script."""
 
@@ -157,9 +214,10 @@ class TrainConfig:
     """cnn-WIDTH, strided-cnn-WIDTH, resnet-{18,34,50}, preact-resnet-{18,34},
     resnet-{20,32,44,56,110}, wrn-DEPTH-WIDTH, dm-wrn-DEPTH-WIDTH (DeepMind's), mobilenet-v2, or
     package.module:function, called with num_classes, for a network of normalised images"""
-    method: MethodName = "bmtard"
-    """natural and sat train teachers too; ard, rslad and adaad need a robust teacher, mtard and
-    bmtard a robust and a clean one, or any two or more"""
+    method: str = "bmtard"
+    """natural, sat, fgsm-rs, n-fgsm, trades or mart, which need no teacher; ard, rslad, iad-i or
+    adaad, which need a robust one; iad-ii, which needs a robust and a clean one; mtard or bmtard,
+    which need these two or any two or more; or package.module:Class, your own Method"""
     teacher_clean: Path | None = None
     """checkpoint of a teacher trained on clean images"""
     teacher_robust: Path | None = None
@@ -186,6 +244,10 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
+    awp: AWPConfig = field(default_factory=AWPConfig)
+    ema: float = 0.0
+    """decay of an average of the weights, which is then what is evaluated and saved, such as 0.999,
+    in [0, 1); begins as (1 + t) / (10 + t) after t steps; 0: none"""
     seed: int = 0
     """of initial weights, batches and attacks"""
     device: str = "auto"
@@ -231,6 +293,10 @@ class TrainConfig:
         check_data_name(self.data)
         _ = self.teachers
         check_model_name(self.model)
+        if self.method not in METHOD_NAMES and not is_object_name(self.method):
+            names = ", ".join(METHOD_NAMES)
+            require(self, "method", False, f"{names} or package.module:Class")
+        require(self, "ema", 0 <= self.ema < 1, "in [0, 1)")
         for name in (
             "epochs", "batch_size", "log_every", "checkpoint_every", "validation_every",
             "validation_steps",
@@ -285,6 +351,9 @@ class EvaluateConfig:
     """checkpoint of the network on which the transfer attacks are made"""
     square_queries: int = 5000
     """of the Square attack"""
+    sanity: int = 128
+    """test images, the first ones, for the checks whether the robustness is to be believed; 0: no
+    checks"""
     seed: int = 0
     """of the random starts"""
     data_dir: Path | None = None
@@ -297,6 +366,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         require(self, "batch_size", self.batch_size >= 1, ">= 1")
         require(self, "square_queries", self.square_queries >= 1, ">= 1")
+        require(self, "sanity", self.sanity >= 0, ">= 0")
         if self.epsilon is not None:
             require(self, "epsilon", 0 < self.epsilon < math.inf, "finite and > 0")
         if self.limit is not None:
@@ -330,8 +400,8 @@ MNIST = replace(
     log_every=50,
     checkpoint_every=1,
 )
-CIFAR10 = TrainConfig()
-CIFAR100 = TrainConfig(data="cifar100", loss=LossConfig(distillation_scale=10.0))
+CIFAR10 = TrainConfig(attack=AttackConfig(as_published=True))
+CIFAR100 = replace(CIFAR10, data="cifar100", loss=LossConfig(distillation_scale=10.0))
 TINY_IMAGENET = replace(CIFAR100, data="tiny-imagenet", model="mobilenet-v2")
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {

@@ -16,6 +16,7 @@ from bmtard.data import Batches, ImageData, load
 from bmtard.training.checkpoint import load_network
 from bmtard.training.config import EvaluateConfig, to_plain
 from bmtard.training.files import write_json
+from bmtard.training.sanity import check_sanity
 
 # step sizes as parts of epsilon
 SUITE: dict[str, dict[str, Any]] = {
@@ -133,6 +134,20 @@ def evaluate(
         report=report,
         progress=progress,
     )
+    sanity: dict[str, Any] | None = None
+    if config.sanity:
+        count = min(config.sanity, config.limit or config.sanity)
+        sanity = check_sanity(
+            network,
+            data.test_images[:count].to(device).float() / data.max_value,
+            data.test_labels[:count].to(device),
+            epsilon=epsilon,
+            norm=config.norm,
+            results=results,
+            seed=config.seed,
+            batch_size=config.batch_size,
+        )
+    seconds = time.perf_counter() - started
     summary = {
         "checkpoint": str(path),
         "method": trained["method"],
@@ -141,8 +156,9 @@ def evaluate(
         "images": len(data.test_labels[: config.limit]),
         "accuracy": results,
         "weighted_robust_accuracy": weighted(results),
+        "sanity": sanity,
         "evaluation": to_plain(config),
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
     }
     output = config.output or path.with_name("evaluation.json")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import os
 import shutil
@@ -17,10 +19,11 @@ from torch import Tensor, nn
 from bmtard.data import Batches, ImageData, load
 from bmtard.models import build_model
 from bmtard.training import checkpoint
+from bmtard.training.awp import perturbed_weights
 from bmtard.training.config import TrainConfig, saved_settings, to_plain
 from bmtard.training.evaluate import accuracies, resolve_device, weighted
 from bmtard.training.files import locked, remove_temporaries, write_json
-from bmtard.training.methods import METHODS, Method
+from bmtard.training.methods import Method, find_method
 from bmtard.training.metrics import Display, MetricsLog, Progress
 from bmtard.training.signals import Stopped, StopRequest
 from bmtard.training.teachers import check_teacher, sample
@@ -122,6 +125,9 @@ class Trainer:
             # The fused step leaves a new momentum undefined if it is told to do nothing.
             for parameter in self.network.parameters():
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.average: nn.Module | None = None
+        if config.ema:
+            self.average = copy.deepcopy(self.network).requires_grad_(False)
         self.epoch, self.batch, self.step, self.best = 0, 0, 0, -1.0
         self.epoch_seconds = 0.0  # of training, in this epoch
         # summed losses of good steps, good steps, skipped steps; since the last log line, then
@@ -141,7 +147,7 @@ class Trainer:
             self.student = cast(nn.Module, torch.compile(self.network))
 
     def _build_method(self) -> Method:
-        method, given = METHODS[self.config.method], self.config.teachers
+        method, given = find_method(self.config.method), self.config.teachers
         roles = method.roles(tuple(given))
         if useless := [role for role in given if role not in (*roles, "clean", "robust")]:
             raise ValueError(f"method {self.config.method} has no use for a teacher {useless[0]}")
@@ -155,6 +161,11 @@ class Trainer:
                 name = f"{role} {given[role].path}"
                 check_teacher(name, teachers[role], images, labels, self.data.num_classes)
         return method(self.config, teachers).to(self.device)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network, or the average of its weights where there is one."""
+        return self.network if self.average is None else self.average
 
     def run(self) -> TrainResult:
         """Trains to the last epoch, tests, and writes results.json.
@@ -176,7 +187,8 @@ class Trainer:
         )
         try:
             with self.stop.listening():
-                write_json(self.folder / "config.json", to_plain(config))
+                again = replace(config, resume=False, overwrite=False)
+                write_json(self.folder / "config.json", to_plain(again))
                 self.progress.begin(title, config.epochs, self.epoch)
                 try:
                     chosen, results = self._train_and_test(log)
@@ -217,7 +229,7 @@ class Trainer:
             if self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs:
                 self._save(log)
         chosen = self.folder / ("best.pt" if self.validation else "last.pt")
-        network: nn.Module = self.network
+        network = self.evaluated
         if self.validation:
             network = checkpoint.load_network(chosen, self.device, config.model)[0]
         with self.stop.at_once():
@@ -331,28 +343,59 @@ class Trainer:
         lr = options.lr * options.factor(progress)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.method.set_balance_factor(options.balance_factor(progress))
+        self.method.set_progress(progress)
         return lr
 
     def _train_step(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the loss and whether the step was skipped, both 0-d on the device."""
         self.network.train()
         buffers = list(self.network.buffers())
+        kept = [buffer.clone() for buffer in buffers]
         with self._autocast():
             x_adv = self.method.perturb(self.student, x, labels)
-            kept = [buffer.clone() for buffer in buffers]
-            loss = self.method.loss(self.student, x, x_adv, labels)
-        self.optimizer.zero_grad()
-        loss.backward()
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        loss = loss.detach()
-        skipped = ~(torch.nn.utils.get_total_norm(gradients) + loss).isfinite()
-        # The fused step reads this attribute; torch.amp.GradScaler sets it in the same way.
-        self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        with self._perturbed(x, x_adv, labels):
+            with self._autocast():
+                loss = self.method.loss(self.student, x, x_adv, labels)
+            self.optimizer.zero_grad()
+            loss.backward()
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            loss = loss.detach()
+            skipped = ~(torch.nn.utils.get_total_norm(gradients) + loss).isfinite()
+            # The fused step reads this attribute; torch.amp.GradScaler sets it in the same way.
+            self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
         for buffer, before in zip(buffers, kept, strict=True):
             buffer.copy_(torch.where(skipped, before, buffer))
+        if self.average is not None:
+            self._update(self.average, skipped)
         return loss, skipped
+
+    def _perturbed(
+        self, x: Tensor, x_adv: Tensor, labels: Tensor
+    ) -> contextlib.AbstractContextManager[None]:
+        """Adversarial weight perturbation of this step, where there is any."""
+        awp = self.config.awp
+        if not awp.gamma or self.method.progress * self.config.epochs < awp.warmup:
+            return contextlib.nullcontext()
+
+        def loss() -> Tensor:
+            self.method.eval()  # its state moves with the step's own loss alone
+            with self._autocast():
+                value = self.method.loss(self.student, x, x_adv, labels)
+            self.method.train()
+            return value
+
+        return perturbed_weights(self.network, awp.gamma, loss)
+
+    def _update(self, average: nn.Module, skipped: Tensor) -> None:
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        weight = torch.where(skipped, 0.0, 1 - decay)
+        new = self.network.state_dict()
+        for name, value in average.state_dict().items():
+            if value.is_floating_point():
+                value.lerp_(new[name], weight.to(value.dtype))
+            else:
+                value.copy_(new[name])
 
     def _autocast(self) -> torch.autocast:
         enabled = self.config.autocast != "none"
@@ -363,7 +406,7 @@ class Trainer:
         assert self.validation is not None
         with self.stop.at_once():
             results = self._accuracies(
-                self.network, *self.validation, ("pgd-sat",), self.config.validation_steps
+                self.evaluated, *self.validation, ("pgd-sat",), self.config.validation_steps
             )
         return {**results, "weighted": weighted(results)["pgd-sat"]}
 
@@ -428,7 +471,8 @@ class Trainer:
         return {
             "config": to_plain(self.config),
             "network": self.network_options,
-            "model": self.network.state_dict(),
+            "model": self.evaluated.state_dict(),
+            "weights": None if self.average is None else self.network.state_dict(),
             "method": self.method.state_dict(),
             "teachers": self.method.seen(),
             "optimizer": self.optimizer.state_dict(),
@@ -472,7 +516,11 @@ class Trainer:
         seen = self.method.seen()
         if (saw := state.get("teachers", seen)) != seen:
             raise ValueError(f"resume: the teachers see {seen}, but in {path} they saw {saw}")
-        self.network.load_state_dict(state["model"])
+        if self.average is None:
+            self.network.load_state_dict(state["model"])
+        else:
+            self.average.load_state_dict(state["model"])
+            self.network.load_state_dict(state["weights"])
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]

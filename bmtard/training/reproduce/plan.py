@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
-import io
 import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bmtard.extras import import_extra
 from bmtard.training.config import TrainConfig, to_plain
-from bmtard.training.methods import METHODS
+from bmtard.training.methods import find_method
 from bmtard.training.reproduce.config import STUDENTS, TEACHERS, ReproduceConfig
+from bmtard.training.settings import with_arguments
 from bmtard.training.trainer import FREE_FIELDS
 
 
@@ -78,20 +76,13 @@ def key_of(name: str, seed: int) -> str:
 
 def with_settings(config: TrainConfig, settings: str, name: str) -> TrainConfig:
     """``config`` with FIELD=VALUE settings, separated by spaces; the commas of a tuple too."""
-    tyro = import_extra("tyro", "train")
     arguments: list[str] = []
     for setting in settings.split():
         path, found, value = setting.partition("=")
         if not found:
             raise ValueError(f"{name}: a setting must be FIELD=VALUE, got {setting!r}")
         arguments += [f"--{path}", *value.split(",")]
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return tyro.cli(TrainConfig, default=config, args=arguments)
-    except SystemExit:
-        words = re.sub(r"[\s─│╭╮╰╯]+", " ", said.getvalue()).strip()
-        raise ValueError(f"{name}: {settings!r} cannot be set: {words}") from None
+    return with_arguments(config, arguments, f"{name}: {settings!r}")
 
 
 def configurations(config: ReproduceConfig) -> dict[str, TrainConfig]:
@@ -119,7 +110,7 @@ def configurations(config: ReproduceConfig) -> dict[str, TrainConfig]:
     if len({key_of(name, 0) for name in configs}) < len(configs):
         raise ValueError(f"students: names must differ in letters, got {', '.join(configs)}")
     for name in TEACHERS.values():
-        if METHODS[configs[name].method].needs:
+        if find_method(configs[name].method).needs:
             raise ValueError(f"{name}: method {configs[name].method} needs teachers itself")
     return configs
 
@@ -136,7 +127,7 @@ def plan(config: ReproduceConfig) -> list[Job]:
                 continue
             taught_by = {
                 role: key_of(TEACHERS[role], seed % teacher_seeds)
-                for role in METHODS[train.method].needs
+                for role in find_method(train.method).needs
             }
             by_key = {job.key: job for job in jobs}
             checkpoints = {role: by_key[key].checkpoint for role, key in taught_by.items()}

@@ -12,7 +12,6 @@ import numpy as np
 from bmtard.extras import import_extra
 from bmtard.training.config import to_plain
 from bmtard.training.files import read_json, write_json, write_text
-from bmtard.training.methods import METHODS
 from bmtard.training.metrics import read_metrics
 from bmtard.training.report import (
     accuracy_header,
@@ -183,7 +182,8 @@ def _pictures(config: ReproduceConfig, jobs: Sequence[Job], summary: Mapping[str
     balanced: dict[str, list[Path]] = {}
     for job in clean:
         metrics = job.folder / "metrics.jsonl"
-        if len(METHODS[job.train.method].needs) > 1 and metrics.exists() and read_metrics(metrics):
+        rows = read_metrics(metrics) if metrics.exists() else []
+        if rows and "weights" in rows[0]:
             balanced.setdefault(job.name, []).append(job.folder)
     if balanced:
         plot_balance(balanced, output / "balance.png")

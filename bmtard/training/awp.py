@@ -1,0 +1,41 @@
+"""Adversarial weight perturbation around any loss."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+_EPS = 1e-20  # the published guard of a gradient of length 0
+
+
+@contextlib.contextmanager
+def perturbed_weights(
+    network: nn.Module, gamma: float, loss: Callable[[], Tensor]
+) -> Iterator[None]:
+    """Inside, every weight w of 2 dimensions or more is w + gamma |w| g / |g| (Wu et al., 2020).
+
+    g is the gradient of ``loss()`` with respect to w, taken once on entry; the buffers of
+    ``network`` are put back afterwards. Backward pass and optimizer step belong inside, as in the
+    published code; on exit the perturbation is taken off again, exactly so where no step has
+    changed the weight. A perturbation that is not finite is none.
+    """
+    weights = [p for n, p in network.named_parameters() if p.dim() > 1 and "weight" in n]
+    kept = [buffer.clone() for buffer in network.buffers()]
+    grads = torch.autograd.grad(loss(), weights, allow_unused=True)
+    with torch.no_grad():
+        for buffer, before in zip(network.buffers(), kept, strict=True):
+            buffer.copy_(before)
+        pairs: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # weight, its value, perturbed value
+        for weight, grad in zip(weights, grads, strict=True):
+            if grad is not None:
+                way = (gamma * weight.norm() / (grad.norm() + _EPS)) * grad
+                value = weight.clone()
+                weight.add_(way.nan_to_num_(0.0, 0.0, 0.0))
+                pairs.append((weight, value, weight.clone()))
+    yield
+    with torch.no_grad():
+        for weight, value, perturbed in pairs:
+            weight.copy_(value + (weight - perturbed))
