@@ -1,0 +1,87 @@
+"""Faults of pgd_step."""
+
+from __future__ import annotations
+
+from ..mutation import GLOBAL_RACE, OUTSIDE, WRONG, Mutant, mutants_of
+
+LINF = "test_pgd_step.py::test_linf[{}]"
+L2 = "test_pgd_step.py::test_l2[{}]"
+
+mutant = mutants_of("cuda/pgd_step.cu")
+
+MUTANTS = [
+    mutant(
+        "linf-last-chunk",
+        "left < Shape::kMaxClasses ? static_cast<int>(left) : Shape::kMaxClasses;",
+        "Shape::kMaxClasses; (void)left;",
+        LINF.format("0-(3, 10)-float32"),
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    mutant(
+        "linf-chunk-by-one",
+        "static_cast<int64_t>(simt::block_id()) * Shape::kMaxClasses;",
+        "static_cast<int64_t>(simt::block_id()) * (Shape::kMaxClasses - 1);",
+        LINF.format("1-(1, 4097)-float32"),
+        f"{WRONG}|{GLOBAL_RACE}",
+    ),
+    mutant(
+        "l2-tail-in-the-norm",
+        "if (class_of<Shape>(tile, i, group.lane, packed) >= size) continue;",
+        "",
+        L2.format("0.05-(3, 10)-float32"),
+        WRONG,
+    ),
+    mutant(
+        "l2-step-without-a-direction",
+        "moves ? values.value[i] + step * gradient.value[i] : values.value[i];",
+        "values.value[i] + step * gradient.value[i];",
+        "test_pgd_step.py::test_l2_makes_no_step_without_a_direction[float32]",
+        WRONG,
+    ),
+    mutant(
+        "l2-norm-without-a-direction",
+        "moves ? sums[1] + step * (2 * sums[2] + step * sums[0]) : sums[1];",
+        "sums[1] + step * (2 * sums[2] + step * sums[0]);",
+        "test_pgd_step.py::test_l2_projects_without_a_direction[float32]",
+        WRONG,
+    ),
+    mutant(
+        "l2-norm-of-one-thread",
+        "  group.sum(sums);\n  const R step",
+        "  const R step",
+        L2.format("0.05-(2, 3072)-float32"),
+        WRONG,
+    ),
+    mutant(
+        "pgd-packed-whatever-the-gradient",
+        "packable(args.dtype, args.grad, stride) &&",
+        "",
+        "test_layouts.py::test_pgd_step[40-False-grad-float32]",
+        "misaligned",
+    ),
+    mutant(
+        "l2-packed-whatever-the-sample",
+        "const int64_t stride = args.l2 ? args.sample_size : 0;",
+        "const int64_t stride = 0;",
+        L2.format("0.05-(3, 10)-float32"),
+        "misaligned",
+    ),
+    Mutant(
+        "step-by-nan",
+        "core/pgd_step.h",
+        "select(grad > T(0), step_size, select(grad < T(0), -step_size, T(0)))",
+        "select(grad > T(0), step_size, -step_size)",
+        LINF.format("0-(3, 10)-float32"),
+        WRONG,
+        unit="cuda/pgd_step.cu",
+    ),
+    Mutant(
+        "step-along-nothing",
+        "core/pgd_step.h",
+        "is_finite(norm) && norm > real(0) ?",
+        "is_finite(norm) ?",
+        "test_pgd_step.py::test_l2_makes_no_step_without_a_direction[float32]",
+        WRONG,
+        unit="cuda/pgd_step.cu",
+    ),
+]
