@@ -51,4 +51,16 @@ BMTARD_HD bool is_finite(real x) {
   return x - x == real(0);
 }
 
+// Temperatures lie in between, so that their inverses are normal floats. A difference of logits
+// that overflows a float is then beyond every exponent that matters.
+constexpr double kLowestTemperature = 1e-36, kHighestTemperature = 1e36;
+
+// NaN for a temperature that lies elsewhere.
+template <typename real>
+BMTARD_HD real inverse_temperature(real temperature) {
+  const bool allowed =
+      temperature >= real(kLowestTemperature) && temperature <= real(kHighestTemperature);
+  return allowed ? real(1) / temperature : std::numeric_limits<real>::quiet_NaN();
+}
+
 BMTARD_NAMESPACE_END

@@ -17,6 +17,17 @@
 
 BMTARD_NAMESPACE_BEGIN
 
+// (z - max) / temperature overflows where two logits are further apart than the largest number,
+// and the sum for KL with it. KL itself may be smaller: it is then computed again from the
+// logits times kFarScale.
+constexpr double kFarScale = 0x1p-64;
+
+// kFarScale (z - max) / temperature.
+template <typename real>
+BMTARD_HD real scaled_below(real z, real max, real inverse_temperature) {
+  return (z * real(kFarScale) - max * real(kFarScale)) * inverse_temperature;
+}
+
 // log(p + eps) - log q; the caller multiplies by p.
 template <typename T>
 BMTARD_HD T log_ratio(T p, T log_p, T log_q, T eps, bool has_eps) {

@@ -125,10 +125,9 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
   const auto columns_of_teacher = [&](int32_t k, int64_t begin, int64_t end) {
     real student[kMaxColumns * V::size], teacher[kMaxColumns * V::size];
     for_groups<real>(begin, end, [&](int64_t r, int n) {
-      load_columns<scalar>(args.student[k], r, n, classes, student);
-      load_columns<scalar>(args.teacher[k], r, n, classes, teacher);
-      const auto found = teacher_kl_columns<has_eps, real>(student, teacher, classes, student_scale,
-                                                           teacher_scale[k], eps, false);
+      const auto found = teacher_kl_columns<has_eps, scalar>(
+          args.student[k], args.teacher[k], r, n, classes, student_scale, teacher_scale[k], eps,
+          false, student, teacher);
       const V entropy = published ? found.entropy_eps : found.entropy;
       for (int i = 0; i < n; ++i) {
         const int64_t at = k * rows + r + i;

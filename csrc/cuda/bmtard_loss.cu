@@ -60,7 +60,7 @@ BMTARD_DEVICE void loss_pass(const BMTARDLossArgs& args, int k, double temperatu
   const R eps = static_cast<R>(args.eps);
   const R entropy_eps = args.mode == BalanceMode::kSign ? eps : R(0);
   const R student_inverse = static_cast<R>(1 / args.student_temperature);
-  const R inverse = static_cast<R>(1 / temperature);
+  const R inverse = static_cast<R>(inverse_temperature(temperature));
   const int64_t plane = args.teachers * args.rows;
   BMTARD_UNROLL
   for (int i = 0; i < kSums; ++i) sums[i] = 0;
@@ -89,7 +89,7 @@ BMTARD_DEVICE void gradient_pass(const BMTARDLossArgs& args, int k, double tempe
   using T = typename Shape::Type;
   using std::exp;
   if (!args.grad_student[k]) return;
-  const R inverse = static_cast<R>(1 / temperature);
+  const R inverse = static_cast<R>(inverse_temperature(temperature));
   const R student_inverse = static_cast<R>(1 / args.student_temperature);
   const R coefficient = static_cast<R>(weight * args.gradient_scale / args.student_temperature);
   const int64_t plane = args.teachers * args.rows;

@@ -159,18 +159,50 @@ BMTARD_DEVICE KLRow<R> online_kl(const RowType& student, const RowType& teacher,
   return {q, p, kl, kl, p.log_sum - totals[2] / totals[1]};
 }
 
-// A row that is not in registers is looked at as rarely as can be.
+// KL and center of a row whose sum for KL overflowed.
+template <typename Shape, typename RowType, typename R>
+BMTARD_DEVICE void find_far_kl(const RowType& student, const RowType& teacher, int classes, R eps,
+                               Group<Shape>& group, KLRow<R>& found) {
+  using std::exp;
+  using std::log;
+  R sums[3] = {0, 0, 0};  // of p log q, times kFarScale; of p log(p + eps); of p^2 / (p + eps)
+  for_each_tile<Shape>(classes, [&](int tile) {
+    const Tile<Shape> s = student.get(tile), t = teacher.get(tile);
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) {
+      const R log_p = found.p(t.value[i]);
+      const R p = exp(log_p);
+      if (!(p > R(0))) continue;
+      sums[0] += p * scaled_below(s.value[i], found.q.max, found.q.inverse_temperature);
+      sums[1] += p * (eps > R(0) ? log(p + eps) : log_p);
+      sums[2] += p * (p / (p + eps));
+    }
+  });
+  group.sum(sums);
+  found.kl = sums[1] + found.q.log_sum - sums[0] / R(kFarScale);
+  found.center = eps > R(0) ? found.kl + sums[2] : found.kl;
+}
+
+// A row that is not in registers is read as rarely as possible.
 template <typename Shape, typename RowType, typename R>
 BMTARD_DEVICE KLRow<R> kl_row(const RowType& student, const RowType& teacher, int classes,
                               R student_inverse, R inverse, R eps, R entropy_eps,
                               Group<Shape>& group) {
+  const bool online = Shape::kTiles == 0 && !(eps > R(0));
+  KLRow<R> found;
   if constexpr (Shape::kTiles == 0) {
-    if (!(eps > R(0))) {
-      return online_kl<Shape>(student, teacher, classes, student_inverse, inverse, group);
+    if (online) {
+      found = online_kl<Shape>(student, teacher, classes, student_inverse, inverse, group);
     }
   }
-  return kl_by_softmax<Shape>(student, teacher, classes, student_inverse, inverse, eps, entropy_eps,
-                              group);
+  if (!online) {
+    found = kl_by_softmax<Shape>(student, teacher, classes, student_inverse, inverse, eps,
+                                 entropy_eps, group);
+  }
+  if (found.kl > std::numeric_limits<R>::max()) {
+    find_far_kl<Shape>(student, teacher, classes, eps, group, found);
+  }
+  return found;
 }
 
 }  // namespace cuda
