@@ -13,7 +13,7 @@ from bmtard.ops._checks import (
     check_companion,
     check_eps,
     check_pair,
-    check_positive,
+    check_temperature,
     is_number,
 )
 from bmtard.ops._dispatch import (
@@ -49,21 +49,24 @@ def multi_teacher_kl(
     p_k = softmax(teacher_logits[k] / temperature_k) and
     q_k = softmax(student_logits[k] / student_temperature). Equivalent, for one teacher, to
     ``F.kl_div(log_softmax(student / student_temperature), softmax(teacher / temperature))``, but
-    never NaN for a target probability of 0, and finite for any finite logits.
+    never NaN for a target probability of 0, and infinite for finite logits only where the KL itself
+    exceeds the largest number of its dtype. (The gradients by teacher and temperature are not
+    finite where log q exceeds it.)
 
     Args:
         student_logits: [..., C], or a sequence of K: entry k is compared with teacher k.
         teacher_logits: [..., C], or a sequence of K. A single tensor serves all of the other.
-        temperature: of the teachers, > 0: a float, a 0-d tensor or [K]. The values of a tensor
-            are not read on the host.
-        student_temperature: > 0.
+        temperature: of the teachers, 1e-36 to 1e36: a float, a 0-d tensor or [K]. The values of a
+            tensor are not read on the host: outside of that range, L_k is NaN.
+        student_temperature: 1e-36 to 1e36.
         weight: [K]; the result is then sum_k weight_k L_k.
-        sample_weight: one factor for each row: of the rows' shape, or [K, *rows].
+        sample_weight: one factor for each row: of the rows' shape, or [K, *rows]. A row of weight
+            0 adds 0 to the loss and to every gradient, whatever its logits are.
         reduction: "none" keeps the rows; "sum" adds them; "batchmean" divides the sum by the
             number of rows N; "mean" divides it by N * C, as the published B-MTARD, ARD and RSLAD
             code does.
         scale_by_temperature: multiplies L_k by temperature_k ** 2.
-        eps: inside log(p + eps); the published B-MTARD code has 1e-5.
+        eps: inside log(p + eps): 0, or 1e-36 to 1e36; the published B-MTARD code has 1e-5.
 
     Returns:
         [K] ([K, *rows] with "none"), or with ``weight`` a 0-d tensor ([*rows] with "none"), in
@@ -87,8 +90,8 @@ def multi_teacher_kl(
                 f"got {list(temperature.shape)}"
             )
     else:
-        check_positive(op, "temperature", temperature)
-    check_positive(op, "student_temperature", student_temperature)
+        check_temperature(op, "temperature", temperature)
+    check_temperature(op, "student_temperature", student_temperature)
     check_eps(op, eps)
     rows_shape = first.shape[:-1]
     if weight is not None:
@@ -132,6 +135,7 @@ def multi_teacher_kl(
             temperature,
             student_temperature=student_temperature,
             eps=eps,
+            sample_weight=sample_weight,
         )
         if inner is not None:
             kl = _reduced(kl.flatten(1), inner)
@@ -159,6 +163,8 @@ def multi_teacher_kl(
                 [rows_of(s.detach()) for s in students], [rows_of(t) for t in teachers],
                 tensor, value, student_temperature, eps, coefficient,
             )  # fmt: skip
+            if sample_weight is not None:
+                kl = _without_ignored(kl, sample_weight.view(-1, rows))
             loss = (kl * coefficient).sum()
             return AttachGradients.apply(op, 1.0, loss, *grads, *map(rows_of, students))
         if wants_grad:
@@ -177,7 +183,7 @@ def multi_teacher_kl(
                 kl = kl.view(count, *rows_shape)
 
     if sample_weight is not None:
-        kl = kl * sample_weight.to(dtype)
+        kl = _without_ignored(kl, sample_weight) * sample_weight.to(dtype)
         if divisor is not None:
             kl = _reduced(kl.flatten(1), divisor)
     if scale_by_temperature:
@@ -191,6 +197,11 @@ def multi_teacher_kl(
         # Not tensordot: autocast would run it in a half type.
         kl = (weight.to(dtype).view(count, *(1,) * (kl.dim() - 1)) * kl).sum(0)
     return kl
+
+
+def _without_ignored(kl: Tensor, sample_weight: Tensor) -> Tensor:
+    """0 for a KL that weight 0 would turn into NaN."""
+    return kl.masked_fill((sample_weight == 0) & ~kl.isfinite(), 0)
 
 
 def _reduced(kl: Tensor, divisor: int) -> Tensor:

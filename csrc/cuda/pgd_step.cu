@@ -98,7 +98,7 @@ pgd_l2_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, bool packed, bool cac
     return (moves ? x_adv + step * (unit * gradient) : x_adv) - x;
   };
   R squared = moves ? sums[1] + step * (2 * sums[2] + step * sums[0]) : sums[1];
-  if (moves && unit != R(1)) squared = squared_norm(moved);
+  if (moves && (unit != R(1) || !is_finite(squared))) squared = squared_norm(moved);
   const R distance_unit = norm_unit(squared);
   if (distance_unit != R(1)) {
     squared = squared_norm(

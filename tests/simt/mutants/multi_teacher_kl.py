@@ -5,6 +5,8 @@ from __future__ import annotations
 from ..mutation import GLOBAL_RACE, OUTSIDE, WRONG, Mutant, mutants_of
 
 KL = "test_multi_teacher_kl.py::test_forward_and_backward[{}]"
+KL_FAR = "test_multi_teacher_kl.py::test_logits_further_apart_than_the_largest_number[{}]"
+KL_WITHOUT_WEIGHT = "test_multi_teacher_kl.py::test_rows_without_weight_have_no_gradient[{}]"
 KL_MASKED = "test_multi_teacher_kl.py::test_masked_and_non_finite_rows[{}]"
 KL_SHARED = "test_multi_teacher_kl.py::test_shared_student_or_teacher[{}]"
 KL_GRADIENTS = "test_multi_teacher_kl.py::test_gradients_with_the_forward_pass[{}]"
@@ -12,6 +14,38 @@ KL_GRADIENTS = "test_multi_teacher_kl.py::test_gradients_with_the_forward_pass[{
 mutant = mutants_of("cuda/multi_teacher_kl.cu")
 
 MUTANTS = [
+    Mutant(
+        "kl-of-far-logits",
+        "cuda/kl_row.cuh",
+        "if (found.kl > std::numeric_limits<R>::max()) {",
+        "if (false) {",
+        KL_FAR.format("0.0-10-float32"),
+        WRONG,
+        unit="cuda/multi_teacher_kl.cu",
+    ),
+    Mutant(
+        "kl-center-of-far-logits",
+        "cuda/kl_row.cuh",
+        "  found.center = eps > R(0) ? found.kl + sums[2] : found.kl;\n",
+        "",
+        KL_FAR.format("1e-05-1025-float32"),
+        WRONG,
+        unit="cuda/multi_teacher_kl.cu",
+    ),
+    mutant(
+        "kl-gradient-of-a-row-without-weight",
+        "    if (coefficient == R(0)) return;  // the row may hold NaN\n",
+        "",
+        KL_WITHOUT_WEIGHT.format("10"),
+        "nan",
+    ),
+    mutant(
+        "forward-gradient-of-a-row-without-weight",
+        "by_logit == R(0) ? R(0) : by_logit * difference;",
+        "by_logit * difference;",
+        KL_WITHOUT_WEIGHT.format("1025"),
+        "nan",
+    ),
     Mutant(
         "nothing-times-infinity",
         "core/multi_teacher_kl.h",

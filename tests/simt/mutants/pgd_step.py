@@ -5,11 +5,59 @@ from __future__ import annotations
 from ..mutation import GLOBAL_RACE, OUTSIDE, WRONG, Mutant, mutants_of
 
 LINF = "test_pgd_step.py::test_linf[{}]"
+L2_SCALES = "test_pgd_step.py::test_l2_step_along_any_gradient[{}]"
+L2_DISTANCES = "test_pgd_step.py::test_l2_projects_any_perturbation[{}]"
 L2 = "test_pgd_step.py::test_l2[{}]"
 
 mutant = mutants_of("cuda/pgd_step.cu")
 
 MUTANTS = [
+    mutant(
+        "l2-square-of-the-gradient",
+        "const R unit = norm_unit(sums[0]);",
+        "const R unit = 1;",
+        L2_SCALES.format("1e-30-float32"),
+        WRONG,
+    ),
+    mutant(
+        "l2-square-of-the-distance",
+        "const R distance_unit = norm_unit(squared);",
+        "const R distance_unit = 1;",
+        L2_DISTANCES.format("1e+25-float32"),
+        WRONG,
+    ),
+    mutant(
+        "l2-distance-by-another-unit",
+        "if (moves && (unit != R(1) || !is_finite(squared)))",
+        "if (moves && !is_finite(squared))",
+        L2_SCALES.format("1e+30-float32"),
+        WRONG,
+    ),
+    mutant(
+        "l2-distance-of-infinite-parts",
+        "if (moves && (unit != R(1) || !is_finite(squared)))",
+        "if (moves && unit != R(1))",
+        L2_DISTANCES.format("1e+25-float32"),
+        WRONG,
+    ),
+    Mutant(
+        "linf-around-nan",
+        "core/pgd_step.h",
+        "return select(x == x, inside, x);",
+        "return inside;",
+        "test_pgd_step.py::test_linf_around_nan[float32]",
+        "assert",
+        unit="cuda/pgd_step.cu",
+    ),
+    Mutant(
+        "l2-scale-of-a-large-norm",
+        "core/pgd_step.h",
+        "squared_norm > std::numeric_limits<real>::max() ? real(1 / unit) : real(1)",
+        "real(1)",
+        L2_SCALES.format("1e+30-float32"),
+        WRONG,
+        unit="cuda/pgd_step.cu",
+    ),
     mutant(
         "linf-last-chunk",
         "left < Shape::kMaxClasses ? static_cast<int>(left) : Shape::kMaxClasses;",
@@ -30,11 +78,12 @@ MUTANTS = [
         "",
         L2.format("0.05-(3, 10)-float32"),
         WRONG,
+        count=2,
     ),
     mutant(
         "l2-step-without-a-direction",
-        "moves ? values.value[i] + step * gradient.value[i] : values.value[i];",
-        "values.value[i] + step * gradient.value[i];",
+        "moves ? x_adv + step * (unit * gradient) : x_adv",
+        "x_adv + step * (unit * gradient)",
         "test_pgd_step.py::test_l2_makes_no_step_without_a_direction[float32]",
         WRONG,
     ),
@@ -47,8 +96,8 @@ MUTANTS = [
     ),
     mutant(
         "l2-norm-of-one-thread",
-        "  group.sum(sums);\n  const R step",
-        "  const R step",
+        "  group.sum(sums);\n\n",
+        "\n",
         L2.format("0.05-(2, 3072)-float32"),
         WRONG,
     ),

@@ -11,6 +11,15 @@ mutant = mutants_of("cuda/softmax_entropy.cu")
 
 MUTANTS = [
     Mutant(
+        "temperature-out-of-range",
+        "core/common.h",
+        "return allowed ? real(1) / temperature : std::numeric_limits<real>::quiet_NaN();",
+        "return real(1) / temperature;",
+        "test_softmax_entropy.py::test_temperatures_out_of_range",
+        "assert",
+        unit="cuda/softmax_entropy.cu",
+    ),
+    Mutant(
         "exponent-without-a-floor",
         "core/softmax_entropy.h",
         "  u = floor_exponent(u);\n  const T e = exp(u);\n  sums.s0 = sums.s0 + e;",
@@ -40,18 +49,18 @@ MUTANTS = [
     mutant(
         "entropy-past-the-last-row",
         "  if (row >= args.rows) return;\n  const int classes = static_cast<int>(args.classes);\n"
-        "  const R inverse = 1 / temperature_of<R>(args, row);\n  const Row",
+        "  const R inverse = inverse_temperature(temperature_of<R>(args, row));\n  const Row",
         "  const int classes = static_cast<int>(args.classes);\n"
-        "  const R inverse = 1 / temperature_of<R>(args, row);\n  const Row",
+        "  const R inverse = inverse_temperature(temperature_of<R>(args, row));\n  const Row",
         ENTROPY.format("10-float32"),
         f"{OUTSIDE}|{WRONG}|{GLOBAL_RACE}",
     ),
     mutant(
         "entropy-backward-past-the-last-row",
         "  if (row >= args.rows) return;\n  const int classes = static_cast<int>(args.classes);\n"
-        "  const R inverse = 1 / temperature_of<R>(args, row);\n  const R entropy",
+        "  const R inverse = inverse_temperature(temperature_of<R>(args, row));\n  const R entropy",
         "  const int classes = static_cast<int>(args.classes);\n"
-        "  const R inverse = 1 / temperature_of<R>(args, row);\n  const R entropy",
+        "  const R inverse = inverse_temperature(temperature_of<R>(args, row));\n  const R entropy",
         ENTROPY.format("10-float32"),
         OUTSIDE,
     ),
