@@ -36,7 +36,8 @@ def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     masked = logits == -math.inf
     # -inf / temperature would have the gradient NaN by the temperature.
     scaled = (logits.masked_fill(masked, 0) / temperature).masked_fill(masked, -math.inf)
-    return torch.log_softmax(scaled, -1)
+    # torch.log_softmax adds up float32 without splitting the row, which costs digits of long rows.
+    return scaled - scaled.exp().sum(-1, keepdim=True).log()
 
 
 def softmax_entropy(
@@ -96,12 +97,11 @@ def bisect_temperature(
             ends = [
                 (~error.isfinite(), SearchStatus.NON_FINITE),
                 (error.abs() <= tolerated, SearchStatus.CONVERGED),
-                (
-                    (variance <= 0) & (entropy >= log_count - tolerated),
-                    SearchStatus.DEGENERATE,
-                ),
             ]
             if i == 0:
+                # At a higher temperature the variance of different logits may underflow.
+                equal = (variance <= 0) & (entropy >= log_count - tolerated)
+                ends.append((equal, SearchStatus.DEGENERATE))
                 ends.append((error > 0, SearchStatus.CLAMPED_LOW))
             elif i == 1:
                 ends.append((error < 0, SearchStatus.CLAMPED_HIGH))

@@ -51,7 +51,7 @@ STABLE_TORCH_LIBRARY(bmtard, m) {
   m.def(
       "pgd_step_(Tensor(a!) x_adv, Tensor grad, Tensor x, float step_size, float epsilon, "
       "float low, float high, bool l2) -> ()");
-  // buffers *= factor acc []; a factor of 1, noticed where it lies, moves nothing
+  // buffers *= factor acc []; the kernel reads the factor, and moves nothing if it is 1
   m.def("scale_(Tensor(a!)[] buffers, Tensor factor) -> ()");
 }
 

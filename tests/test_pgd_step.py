@@ -237,7 +237,7 @@ def test_l2_projection_of_any_perturbation(device, path, dtype, scale, moves):
     epsilon = 0.5 * scale
     delta = x_adv.double()
     grad = x_adv / scale * moves
-    step_size = float(torch.tensor(2.0 * scale).to(dtype)) if moves else 1.0
+    step_size = float(torch.tensor(2.0 * scale, dtype=dtype)) if moves else 1.0
     if moves:
         delta = delta + step_size * grad.double() / grad.double().norm(dim=1, keepdim=True)
     bmtard.pgd_step_(x_adv, grad, x, step_size=step_size, epsilon=epsilon, bounds=None, norm="l2")

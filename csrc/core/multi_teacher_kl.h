@@ -1,5 +1,5 @@
 // KL(p || q), p = softmax(teacher / temperature), q = softmax(student / student_temperature),
-// in logit space: no probability is ever divided by or taken the logarithm of.
+// in logit space: without a division by a probability or the logarithm of one.
 //
 // With log p and log q from the rows' maxima and log-sums, and a_j = dKL/dp_j:
 //   KL                = sum_j p_j (log(p_j + eps) - log q_j)
@@ -17,8 +17,8 @@
 
 BMTARD_NAMESPACE_BEGIN
 
-// (z - max) / temperature overflows where two logits are further apart than the largest number,
-// and the sum for KL with it. KL itself may be smaller: it is then computed again from the
+// (z - max) / temperature overflows if two logits are further apart than the largest number. So
+// does the sum for KL, although KL may be smaller. The kernels then compute KL again, from the
 // logits times kFarScale.
 constexpr double kFarScale = 0x1p-64;
 

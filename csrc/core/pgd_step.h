@@ -25,8 +25,8 @@ BMTARD_HD T pgd_linf(T x_adv, T grad, T x, T step_size, T epsilon, T low, T high
   return select(x == x, inside, x);  // no value is near a NaN
 }
 
-// 1, or the power of two by which values must be scaled before they are squared: the sum of their
-// squares has left the range where it is exact.
+// 1 if the sum of squares is in the range where it is exact. Else a power of two: the values must
+// be multiplied by it before they are squared.
 template <typename real>
 BMTARD_HD real norm_unit(real squared_norm) {
   constexpr bool is_double = sizeof(real) == sizeof(double);
@@ -35,7 +35,8 @@ BMTARD_HD real norm_unit(real squared_norm) {
   return squared_norm > std::numeric_limits<real>::max() ? real(1 / unit) : real(1);
 }
 
-// What scales the gradient so that its norm is step_size; no step without a finite norm > 0.
+// The factor by which a gradient of this norm gets the norm step_size; 0 unless the norm is finite
+// and > 0.
 template <typename real>
 BMTARD_HD real l2_step_scale(real squared_norm, real step_size) {
   using std::sqrt;
@@ -43,8 +44,8 @@ BMTARD_HD real l2_step_scale(real squared_norm, real step_size) {
   return is_finite(norm) && norm > real(0) ? step_size / norm : real(0);
 }
 
-// What scales a perturbation back into the ball of radius epsilon; the norm is that of the
-// perturbation times `unit`.
+// The factor by which a perturbation comes back into the ball of radius epsilon. The norm is that
+// of the perturbation times `unit`.
 template <typename real>
 BMTARD_HD real l2_projection_scale(real squared_norm, real unit, real epsilon) {
   using std::sqrt;

@@ -26,8 +26,8 @@ struct EpsSums {
   }
 };
 
-// KL and center of a row whose sum for KL overflowed, from what teacher_kl() has found before.
-// exp_of(j) is the teacher's exponential.
+// KL and center of a row whose sum for KL overflowed. `found` has the other results of
+// teacher_kl(); exp_of(j) is the teacher's exponential.
 struct FarKL {
   double kl, center;
 };
@@ -74,7 +74,7 @@ inline TeacherKL<acc_t<scalar>> teacher_kl(const Matrix& students, const Matrix&
     const int64_t length = classes - start < kBlock ? classes - start : kBlock;
     V q = zero, p = zero, pd = zero, pu = zero;
     for (int64_t j = 0; j < length; j += V::size) {
-      // The next row comes while this one is computed: the processor's own prefetch stops at
+      // Fetches the next row during the work on this one. The processor's own prefetch stops at
       // the end of a page, which is about a row.
       __builtin_prefetch(student + students.row_stride + start + j);
       __builtin_prefetch(teacher + teachers.row_stride + start + j);
