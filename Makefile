@@ -18,7 +18,7 @@ CUDA_TORCH ?= torch==2.11.0
 # A GPU host may have its own Python with torch, and no network.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help venv demo test sanitize cuda-check gpu lint format wheel test-wheel bench clean
+.PHONY: help venv demo test sanitize sanitize-cpu cuda-check gpu lint format wheel test-wheel bench clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## /\1\t/p' Makefile | expand -t 12
@@ -33,6 +33,9 @@ test: venv  ## all tests that this machine can run
 
 sanitize: venv  ## the CUDA kernels on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simt.sanitize $(PYTEST_ARGS) tests/simt
+
+sanitize-cpu: venv  ## the CPU kernels and the binding under both sanitizers, with the op tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.sanitize_cpu
 
 cuda-check: $(CUDA_VENV)/installed  ## compile the CUDA kernels, check their machine code; no GPU needed
 	$(CUDA_VENV)/bin/python tools/cuda_check.py

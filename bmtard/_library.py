@@ -18,7 +18,8 @@ import torch
 
 OLDEST_TORCH = (2, 10)  # TORCH_TARGET_VERSION in CMakeLists.txt
 
-_LIBRARY = Path(__file__).with_name("_C.so")
+# BMTARD_LIBRARY names another one, such as that of tests/sanitize_cpu.py.
+_LIBRARY = Path(os.environ.get("BMTARD_LIBRARY") or Path(__file__).with_name("_C.so"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from bmtard.ops._checks import (
     check_eps,
     check_floating,
     check_logits,
-    check_positive,
+    check_temperature,
     is_integer,
     is_number,
 )
@@ -60,7 +60,7 @@ def check_settings(op: str, **settings: Any) -> None:
                 if not (is_number(value) and 0 < value < math.inf):
                     raise ValueError(f"{op}: {name} must be finite and > 0, got {value!r}")
             case "student_temperature":
-                check_positive(op, name, value)
+                check_temperature(op, name, value)
             case "reduction":
                 _check_choice(op, name, value, ("mean", "batchmean", "sum"))
             case "eps":
@@ -348,7 +348,7 @@ class BMTARDLoss(_Balance):
         temperature_momentum: of "bisect", 0 to below 1, in log space.
         weight_lr: 0 to 1; a buffer.
         loss_exponent: > 0, of the relative losses.
-        student_temperature: > 0.
+        student_temperature: 1e-36 to 1e36.
         reduction: of each KL: "mean" over N * C as published, "batchmean" or "sum".
         eps: inside log(p + eps).
         process_group: averages losses and entropies over its ranks, so that all hold the same

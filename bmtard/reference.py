@@ -38,7 +38,8 @@ def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     logits = logits.to(accumulation_dtype(logits.dtype))
     if isinstance(temperature, Tensor):
         temperature = temperature.to(logits.dtype).unsqueeze(-1)
-        temperature = torch.where(temperature > 0, temperature, math.nan)
+        allowed = (temperature >= 1e-36) & (temperature <= 1e36)
+        temperature = torch.where(allowed, temperature, math.nan)
     # Shifted before it is scaled: logits / 0.01 would lose two digits of the differences.
     logits = logits - logits.detach().amax(-1, keepdim=True)
     masked = logits == -math.inf
@@ -99,8 +100,9 @@ def bisect_temperature(
         status = torch.full_like(keep, SearchStatus.MAX_ITERATIONS.value, dtype=torch.int32)
         iterations = torch.zeros_like(status)
         entropy = torch.full_like(keep, math.nan)
-        # The first two evaluations are at the bounds; then geometric bisection.
-        for i in range(max_iterations):
+        # The first two evaluations are at the bounds; then geometric bisection. After 64 halvings
+        # of the widest bracket its ends are neighbouring float64 numbers.
+        for i in range(min(max_iterations, 80)):
             active = status == SearchStatus.MAX_ITERATIONS.value
             middle = bottom.sqrt() * top.sqrt()  # the product could overflow
             candidate = bottom if i == 0 else top if i == 1 else middle
@@ -112,12 +114,11 @@ def bisect_temperature(
             ends = [
                 (~error.isfinite(), SearchStatus.NON_FINITE),
                 (error.abs() <= tolerated, SearchStatus.CONVERGED),
-                (
-                    (variance <= 0) & (entropy >= log_count - tolerated),
-                    SearchStatus.DEGENERATE,
-                ),
             ]
             if i == 0:
+                # At a higher temperature the variance of different logits may underflow.
+                equal = (variance <= 0) & (entropy >= log_count - tolerated)
+                ends.append((equal, SearchStatus.DEGENERATE))
                 ends.append((error > 0, SearchStatus.CLAMPED_LOW))
             elif i == 1:
                 ends.append((error < 0, SearchStatus.CLAMPED_HIGH))
@@ -168,9 +169,16 @@ def teacher_kl(
     log_p = log_softmax(teacher_logits, temperature)
     log_q = log_softmax(student_logits, student_temperature)
     p = log_p.exp()
-    ratio = ((p + eps).log() if eps else log_p) - log_q
+    # log q overflows where two logits are further apart than the largest number, though KL may not.
+    # There, it is log q of the largest logit plus a difference, which is taken of smaller logits.
+    far = (log_q == -math.inf) & student_logits.isfinite()
+    near_log_q = torch.where(far, log_q.amax(-1, keepdim=True), log_q)
+    small = student_logits.to(log_q.dtype) * 2.0**-64
+    difference = (small - small.amax(-1, keepdim=True)) / student_temperature
+    ratio = ((p + eps).log() if eps else log_p) - near_log_q
     # A class of probability 0 adds nothing, also where the ratio is infinite.
-    return _sum(p * ratio.masked_fill(p == 0, 0))
+    near = _sum(p * ratio.masked_fill(p == 0, 0))
+    return near - _sum(p * difference.masked_fill(~far | (p == 0), 0)) * 2.0**64
 
 
 def multi_teacher_kl(
@@ -180,8 +188,24 @@ def multi_teacher_kl(
     *,
     student_temperature: float,
     eps: float,
+    sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """K pairs of [..., C] -> [K, ...]; temperature a float, 0-d or [K]."""
+    """K pairs of [..., C] -> [K, ...]; temperature a float, 0-d or [K].
+
+    A row of sample weight 0 whose KL is not finite is computed from logits of 0 instead: it would
+    turn a gradient of 0 into NaN.
+    """
+    if sample_weight is not None:
+        with torch.no_grad():
+            kl = multi_teacher_kl(
+                student_logits, teacher_logits, temperature,
+                student_temperature=student_temperature, eps=eps,
+            )  # fmt: skip
+        ignored = ((sample_weight == 0) & ~kl.isfinite()).unsqueeze(-1)
+        student_logits, teacher_logits = (
+            [logits.masked_fill(one, 0) for logits, one in zip(side, ignored, strict=True)]
+            for side in (student_logits, teacher_logits)
+        )
     rows = []
     for k, (student, teacher) in enumerate(zip(student_logits, teacher_logits, strict=True)):
         one = temperature
@@ -203,20 +227,32 @@ def pgd_step_(
     norm: str,
 ) -> Tensor:
     """[N, ...], in place."""
+    if x.numel() == 0:
+        return x_adv
     acc = accumulation_dtype(x_adv.dtype)
     origin, delta = x.to(acc), grad.to(acc)
     if norm == "linf":
         moved = x_adv.to(acc) + step_size * delta.sign()  # 0 for NaN
         moved = torch.minimum(torch.maximum(moved, origin - epsilon), origin + epsilon)
     else:
-        shape = (-1,) + (1,) * (x.dim() - 1)
-        length = delta.unsqueeze(-1).flatten(1).norm(dim=1)
-        scale = torch.where(length.isfinite() & (length > 0), step_size / length, 0.0)
-        step = delta * scale.view(shape)
-        moved = x_adv.to(acc) + step.masked_fill(scale.view(shape) == 0, 0) - origin
-        length = moved.unsqueeze(-1).flatten(1).norm(dim=1).view(shape)
+        direction, length = _direction_and_length(delta)
+        step = torch.where(length > 0, direction * step_size, 0.0)
+        moved = x_adv.to(acc) + step - origin
+        _, length = _direction_and_length(moved)
         moved = origin + moved * torch.where(length > epsilon, epsilon / length, 1.0)
     return x_adv.copy_(moved.clamp(low, high))
+
+
+def _direction_and_length(values: Tensor) -> tuple[Tensor, Tensor]:
+    """values / l2 norm and the norm of each sample, [N, ...] and [N, 1, ...]; a norm that is not
+    finite counts as 0. Scaled by the largest value first, so that no square leaves the range."""
+    samples = values.unsqueeze(-1).flatten(1)
+    largest = samples.abs().amax(1, keepdim=True)
+    usable = largest.isfinite() & (largest > 0)
+    scaled = samples / torch.where(usable, largest, 1.0)
+    norm = torch.where(usable, scaled.norm(dim=1, keepdim=True), 1.0)
+    length = torch.where(usable, largest * norm, 0.0)
+    return (scaled / norm).view(values.shape), length.view((-1,) + (1,) * (values.dim() - 1))
 
 
 def balanced_weights(

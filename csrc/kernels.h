@@ -4,8 +4,8 @@
 // elements; the classes of a row lie next to each other. acc_t is double for float64
 // data and float for every other type. Callers have checked shapes and ranges.
 //
-// Where log-probabilities are needed again they come as (z - max z) / temperature - log-sum:
-// one combined log-sum-exp would lose what float has left beside a logit of 1e4.
+// A kernel that needs log-probabilities again computes (z - max z) / temperature - log-sum. The
+// two statistics stay apart: beside a logit of 1e4, their sum would lose most digits of a float.
 #pragma once
 
 #include <cstddef>
@@ -107,9 +107,9 @@ struct MultiTeacherKLArgs {
   // acc_t [5, K, N]: student max and log-sum, teacher max and log-sum (as in
   // SoftmaxEntropyArgs), center = sum_j p_j dKL/dp_j; null: not wanted
   void* statistics;
-  // Where dL/dKL is known beforehand, d L / d student k comes with the KL: the arguments of
-  // that name in MultiTeacherKLBackwardArgs, of students that are not shared. The CPU needs
-  // the statistics as well. coefficient null: no gradients.
+  // If the caller knows dL/dKL beforehand, the kernel writes d L / d student k as well. These
+  // arguments are those of MultiTeacherKLBackwardArgs. No student may be shared, and the CPU
+  // needs the statistics. coefficient null: no gradients.
   const void* coefficient;
   int64_t coefficient_teacher_stride, coefficient_row_stride;
   void* grad_student[kMaxTeachers];
@@ -165,7 +165,7 @@ struct BMTARDLossArgs {
   double student_temperature;
   double eps;
   double scale;  // of the sum over rows: 1/(N C) for "mean", 1/N for "batchmean", 1 for "sum"
-  double gradient_scale;  // takes its place in the gradients
+  double gradient_scale;  // the gradients have it instead
   double tolerance;       // of the temperature search, nats
   int32_t max_iterations;
   void* loss;                        // acc_t []
@@ -173,7 +173,7 @@ struct BMTARDLossArgs {
   void* workspace;                   // bmtard_loss_workspace() bytes
 };
 
-// buffers *= factor. A factor of 1 is noticed where it lies, and then nothing is moved.
+// buffers *= factor. The kernel reads the factor first; if it is 1, it moves nothing.
 struct ScaleArgs {
   DataType dtype;
   int32_t buffers;

@@ -607,3 +607,29 @@ def test_exact_initial_temperature_needs_one_evaluation(device):
     again = bmtard.bisect_temperature(logits, 1.2, initial=found.temperature)
     assert again.iterations == 1
     assert torch.equal(again.temperature, found.temperature)
+
+
+@pytest.mark.parametrize("method", ["halley", "bisection"])
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_widest_bounds_with_a_masked_class(device, path, dtype, per_sample, method):
+    logits = 3 * randn(5, 10, device=device)
+    logits[:, 2] = -math.inf
+    logits = logits.to(dtype)
+    found = bmtard.bisect_temperature(
+        logits, 1.0, bounds=(1e-36, 1e36), per_sample=per_sample, max_iterations=200, method=method
+    )
+    assert (found.status == bmtard.SearchStatus.CONVERGED).all()
+    log_p = torch.log_softmax(logits.double() / found.temperature.double().view(-1, 1), -1)
+    entropy = -torch.where(log_p > -math.inf, log_p.exp() * log_p, 0.0).sum(-1)
+    entropy = entropy if per_sample else entropy.mean()
+    torch.testing.assert_close(entropy, torch.ones_like(entropy), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("method", ["halley", "bisection"])
+def test_as_many_iterations_as_there_can_be(device, path, method):
+    logits = randn(3, 10, device=device)
+    options = {"tolerance": 0.0, "max_iterations": 2**31 - 1, "method": method}
+    found = bmtard.bisect_temperature(logits, 1.0, **options)
+    assert found.status == bmtard.SearchStatus.CONVERGED
+    assert 0 < found.iterations < 100

@@ -1,6 +1,6 @@
 """The dependency rules of the source tree, checked on every file, and each shown able to fail.
 
-core <- cpu, cuda <- ops.cpp; _library <- ops/ <- everything else; kernels know no torch.
+core <- cpu, cuda <- csrc/ops; _library <- ops/ <- everything else; kernels know no torch.
 """
 
 from __future__ import annotations
@@ -62,15 +62,19 @@ def core_stands_alone(path: PurePosixPath, text: str) -> Iterator[str]:
                 yield f"includes {header}"
 
 
+def is_binding(path: PurePosixPath) -> bool:
+    return path.match("csrc/ops.cpp") or path.match("csrc/ops/*")
+
+
 def kernels_know_no_torch(path: PurePosixPath, text: str) -> Iterator[str]:
-    """csrc/core, csrc/cpu, csrc/cuda and kernels.h include no header of torch or Python."""
-    if path.parts[0] == "csrc" and not path.match("csrc/ops*.cpp"):
+    """Of csrc, only the binding includes a header of torch, and none includes one of Python."""
+    if path.parts[0] == "csrc" and not is_binding(path):
         yield from (f"includes {header}" for header in includes(text) if TORCH_HEADER.match(header))
 
 
 def binding_is_stable(path: PurePosixPath, text: str) -> Iterator[str]:
-    """csrc/ops*.cpp include torch only where it promises a stable ABI."""
-    if path.match("csrc/ops*.cpp"):
+    """csrc/ops.cpp and csrc/ops/ include torch only where it promises a stable ABI."""
+    if is_binding(path):
         for header in includes(text):
             if TORCH_HEADER.match(header) and not header.startswith(STABLE_TORCH):
                 yield f"includes {header}"
@@ -163,9 +167,19 @@ RULES: list[tuple[Rule, tuple[str, str], tuple[str, str]]] = [
         ("csrc/ops.cpp", '#include "torch/csrc/stable/tensor.h"'),
     ),
     (
+        kernels_know_no_torch,
+        ("csrc/arguments.h", '#include "torch/csrc/stable/tensor.h"'),
+        ("csrc/ops/tensors.h", '#include "torch/csrc/stable/tensor.h"'),
+    ),
+    (
         binding_is_stable,
         ("csrc/ops.cpp", "#include <torch/library.h>"),
         ("csrc/ops.cpp", "#include <torch/csrc/stable/library.h>"),
+    ),
+    (
+        binding_is_stable,
+        ("csrc/ops/a.cpp", "#include <torch/extension.h>"),
+        ("csrc/ops/a.cpp", "#include <torch/csrc/stable/ops.h>"),
     ),
     (
         cpu_and_cuda_are_apart,
@@ -258,7 +272,7 @@ def schema_names(text: str) -> set[str]:
 def test_every_op_is_wrapped():
     """Every op of the schema is called and has a fake kernel in bmtard/ops."""
     assert schema_names('m.def("a(Tensor x) -> Tensor");\n  m.def(\n"b_(') == {"a", "b_"}
-    ops = set().union(*(schema_names(path.read_text()) for path in ROOT.glob("csrc/ops*.cpp")))
+    ops = schema_names((ROOT / "csrc/ops.cpp").read_text())
     python = "\n".join(path.read_text() for path in ROOT.glob("bmtard/ops/*.py"))
     assert ops == set(re.findall(r"\bnative\.(\w+)\(", python))
     defined = set(re.findall(r'\.define\(\s*"(\w+)\(', python))

@@ -1,5 +1,6 @@
 """multi_teacher_kl against SciPy and plain torch, both in float64."""
 
+import fractions
 import itertools
 import math
 
@@ -693,3 +694,141 @@ def test_scaling_in_place_is_one_multiplication(device, dtype):
     torch.ops.bmtard.scale_(buffers, factor)
     for a, b in zip(buffers, want, strict=True):
         assert torch.equal(a, b)
+
+
+# --- At the edge of what a float is -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("c", [2, 3, 10, 129, 1100, 5000])
+def test_logits_further_apart_than_the_largest_number(device, path, c, dtype, eps):
+    """Differences of logits overflow, KL does not. Exact integers serve as the oracle."""
+    largest = float(torch.finfo(dtype).max)
+    student = torch.full((3, c), -largest, dtype=torch.float64)
+    student[0, 0] = largest
+    student[1] = torch.linspace(-largest / 2, largest / 2, c, dtype=torch.float64)
+    student[2] = 0
+    student = student.to(device, dtype)
+    # Uniform over the first two classes.
+    teacher = torch.full((3, c), -math.inf, dtype=dtype, device=device)
+    teacher[:, :2] = 0
+    kl = bmtard.multi_teacher_kl(student, teacher, reduction="none", eps=eps)[0]
+    exact = [[fractions.Fraction(x) for x in row] for row in student.double().tolist()]
+    far = [max(row) - (row[0] + row[1]) / 2 for row in exact[:2]]
+    torch.testing.assert_close(
+        kl[:2].double().cpu(), torch.tensor([float(x) for x in far], dtype=torch.float64),
+        rtol=4e-7 if kl.dtype == torch.float32 else 1e-15, atol=0,
+    )  # fmt: skip
+    torch.testing.assert_close(
+        kl[2].double().cpu(), torch.tensor(math.log(0.5 + eps) + math.log(c), dtype=torch.float64),
+        rtol=1e-5, atol=1e-6,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("c", [10, 1100])
+def test_far_logits_have_a_student_gradient(device, path, c):
+    """q - p, which is finite however large KL is."""
+    student = torch.full((2, c), -3e38, device=device)
+    student[:, 3] = 3e38
+    student.requires_grad_()
+    teacher = torch.zeros(2, c, device=device)
+    bmtard.multi_teacher_kl(student, teacher, reduction="sum").sum().backward()
+    expected = torch.full((2, c), -1 / c, device=device)
+    expected[:, 3] += 1
+    torch.testing.assert_close(student.grad, expected)
+
+
+@pytest.mark.parametrize("temperature", [1e-36, 1e36])
+@pytest.mark.parametrize("c", [10, 1100])
+def test_extreme_temperatures_with_a_masked_class(device, path, temperature, c):
+    student, teacher = randn(4, c, device=device).float(), randn(4, c, seed=1, device=device)
+    student[:, 1] = teacher[:, 1] = -math.inf
+    options = {"student_temperature": 1.0, "reduction": "none"}
+    kl = bmtard.multi_teacher_kl(student, teacher.float(), temperature, **options)[0]
+    if temperature > 1:  # all but the masked class are equally likely
+        p = (teacher > -math.inf).double() / (c - 1)
+    else:
+        p = torch.nn.functional.one_hot(teacher.float().argmax(-1), c).double()
+    log_q = torch.log_softmax(student.double(), -1)
+    expected = torch.where(p > 0, p * (p.log() - log_q), 0.0).sum(-1)
+    torch.testing.assert_close(kl, expected.float())
+
+
+@pytest.mark.parametrize("bad", [9e-37, 1e-40, 1.1e36, math.inf])
+def test_temperature_tensor_out_of_range_gives_nan(device, path, bad):
+    temperature = torch.tensor([1.0, bad], dtype=torch.float64, device=device)
+    logits = randn(3, 5, device=device)
+    kl = bmtard.multi_teacher_kl(logits, [logits, logits], temperature)
+    assert kl[0].abs() < 1e-6
+    assert kl[1].isnan()
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-36, 1e-5, 1e36])
+def test_smallest_and_largest_eps(device, path, eps):
+    """float32 arithmetic against float64, with a class that has no probability."""
+    student, teacher = randn(3, 10, device=device).float(), randn(3, 10, seed=1, device=device)
+    teacher[:, 2] = -math.inf
+    teacher = teacher.float().requires_grad_()
+    kl = bmtard.multi_teacher_kl(student, teacher, reduction="none", eps=eps)[0]
+    kept = [j for j in range(10) if j != 2]
+    exact = teacher.detach()[:, kept].double().requires_grad_()
+    p, log_q = torch.softmax(exact, -1), torch.log_softmax(student.double(), -1)[:, kept]
+    terms = p * ((p + eps).log() - log_q)
+    torch.testing.assert_close(kl, terms.sum(-1).float())
+    grads = [torch.autograd.grad(x.sum(), y)[0] for x, y in ((kl, teacher), (terms, exact))]
+    torch.testing.assert_close(grads[0][:, kept], grads[1].float())
+    assert (grads[0][:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("constant_weight", [False, True])
+@pytest.mark.parametrize("sharing", ["pairs", "student", "teacher"])
+@pytest.mark.parametrize("c", [10, 1100])
+def test_rows_of_weight_zero_do_not_count(device, path, c, sharing, constant_weight, bad):
+    """Whatever they hold: loss and gradients are those without them."""
+    students = [randn(5, c, seed=k, device=device) for k in range(2)]
+    teachers = [randn(5, c, seed=9 + k, device=device) for k in range(2)]
+    if sharing == "student":
+        students = students[:1]
+    if sharing == "teacher":
+        teachers = teachers[:1]
+    weight = torch.tensor([0.25, 0.75], dtype=torch.float64, device=device)
+    row_weight = torch.tensor([1.0, 0.0, 2.0, 0.0, 0.5], dtype=torch.float64, device=device)
+    temperature = torch.tensor([2.0, 3.0], dtype=torch.float64, device=device)
+    students[0][1, 3] = bad
+    teachers[-1][3] = bad
+
+    def run(rows):
+        inputs = [x[rows].clone().requires_grad_() for x in students + teachers]
+        rest = [row_weight[rows].clone(), temperature.clone()]
+        if constant_weight:
+            inputs = [x.detach().requires_grad_(i < len(students)) for i, x in enumerate(inputs)]
+        else:
+            rest = [x.requires_grad_() for x in rest]
+        loss = bmtard.multi_teacher_kl(
+            inputs[: len(students)], inputs[len(students) :], rest[1],
+            weight=weight, sample_weight=rest[0], reduction="sum",
+        )  # fmt: skip
+        wanted = [x for x in inputs + rest if x.requires_grad]
+        return loss, torch.autograd.grad(loss, wanted)
+
+    kept = torch.tensor([0, 2, 4], device=device)
+    loss, grads = run(torch.arange(5, device=device))
+    expected_loss, expected = run(kept)
+    torch.testing.assert_close(loss, expected_loss)
+    for grad, want in zip(grads, expected, strict=True):
+        if grad.shape == want.shape:  # of the temperature
+            torch.testing.assert_close(grad, want)
+        else:
+            torch.testing.assert_close(grad[kept], want)
+            rest = grad[[1, 3]]  # by a weight of 0, KL is the gradient, if it is a number
+            assert rest.isfinite().all() if grad.dim() == 1 else (rest == 0).all()
+
+
+def test_a_finite_row_of_weight_zero_has_a_gradient_by_its_weight(device, path):
+    student, teacher = randn(3, 5, device=device), randn(3, 5, seed=1, device=device)
+    weight = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64, device=device).requires_grad_()
+    kl = bmtard.multi_teacher_kl(student, teacher, reduction="none")[0]
+    loss = bmtard.multi_teacher_kl(student, teacher, sample_weight=weight, reduction="sum")
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), weight)[0], kl)

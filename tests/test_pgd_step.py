@@ -192,3 +192,57 @@ def test_overwriting_invalidates_what_autograd_saved(device, path):
     bmtard.pgd_step_(x_adv, grad, x, step_size=STEP, epsilon=EPSILON)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), None])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linf_around_nan_is_nan(device, path, dtype, bounds):
+    """As torch.min(torch.max(...)) has it; also in the part of a vector at the end."""
+    x_adv, grad, x = draw((3, 37), dtype, device)
+    x[0, 0] = x[1, 20] = x[2, 36] = math.nan
+    bmtard.pgd_step_(x_adv, grad, x, step_size=STEP, epsilon=EPSILON, bounds=bounds)
+    assert torch.equal(x_adv.isnan(), x.isnan())
+
+
+# Squares of float32 underflow below 1e-23 and overflow above 1.8e19; of float64 at 1e-162, 1e154.
+SCALES = {
+    torch.float32: [1e-44, 1e-38, 1e-30, 1e-18, 1e18, 1e30, 1e38],
+    torch.float64: [1e-320, 1e-300, 1e-160, 1e160, 1e300],
+    torch.bfloat16: [1e-38, 1e30],
+}
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(d, s) for d in SCALES for s in SCALES[d]], ids=str)
+@pytest.mark.parametrize("shape", [(2, 7), (2, 3, 40, 40)], ids=str)
+def test_l2_step_along_any_gradient(device, path, shape, dtype, scale):
+    """The step has its length however small or large the gradient is."""
+    x = torch.full(shape, 0.5, dtype=dtype, device=device)
+    grad = (randn(*shape, seed=3).clamp(-2, 2) * scale).to(device, dtype)
+    x_adv = bmtard.pgd_step_(
+        x.clone(), grad, x, step_size=0.25, epsilon=100.0, bounds=None, norm="l2"
+    )
+    direction = grad.double() / grad.double().abs().max()
+    direction = direction / direction.flatten(1).norm(dim=1).view(-1, *(1,) * (x.dim() - 1))
+    assert_rounded(x_adv, x.double().cpu() + 0.25 * direction.cpu(), dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float32, s) for s in (1e-30, 1e25)] + [(torch.float64, 1e200)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("moves", [False, True])
+def test_l2_projection_of_any_perturbation(device, path, dtype, scale, moves):
+    x = torch.zeros(2, 700, dtype=dtype, device=device)
+    x_adv = (randn(2, 700, seed=4) * scale).to(device, dtype)
+    epsilon = 0.5 * scale
+    delta = x_adv.double()
+    grad = x_adv / scale * moves
+    step_size = float(torch.tensor(2.0 * scale, dtype=dtype)) if moves else 1.0
+    if moves:
+        delta = delta + step_size * grad.double() / grad.double().norm(dim=1, keepdim=True)
+    bmtard.pgd_step_(x_adv, grad, x, step_size=step_size, epsilon=epsilon, bounds=None, norm="l2")
+    unit = delta / scale
+    expected = unit / unit.norm(dim=1, keepdim=True) * 0.5
+    torch.testing.assert_close(
+        x_adv.double() / scale, expected, rtol=2e-6 if dtype == torch.float32 else 1e-13, atol=1e-7
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,9 @@ from torch import Tensor
 
 MAX_TEACHERS = 16
 """The largest K: the kernels take K pointers by value."""
+
+LOWEST, HIGHEST = 1e-36, 1e36
+"""Of a temperature and of eps: their inverses are normal float32 numbers. As in core/common.h."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -27,16 +29,20 @@ def is_integer(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def check_positive(op: str, name: str, value: float) -> None:
+def check_temperature(op: str, name: str, value: float) -> None:
     if not is_number(value):
         raise TypeError(f"{op}: {name} must be a number or a tensor, got {type(value).__name__}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{op}: {name} must be finite and > 0, got {value}")
+    if not LOWEST <= value <= HIGHEST:
+        raise ValueError(
+            f"{op}: {name} must be finite and > 0, from {LOWEST} to {HIGHEST}, got {value}"
+        )
 
 
 def check_eps(op: str, eps: float) -> None:
-    if not (is_number(eps) and 0 <= eps < math.inf):
-        raise ValueError(f"{op}: eps must be finite and >= 0, got {eps}")
+    if not (is_number(eps) and (eps == 0 or LOWEST <= eps <= HIGHEST)):
+        raise ValueError(
+            f"{op}: eps must be finite and >= 0, namely 0 or from {LOWEST} to {HIGHEST}, got {eps}"
+        )
 
 
 def two_numbers(op: str, name: str, bounds: tuple[float, float]) -> tuple[float, float]:
@@ -48,8 +54,11 @@ def two_numbers(op: str, name: str, bounds: tuple[float, float]) -> tuple[float,
 
 def check_bounds(op: str, bounds: tuple[float, float], name: str = "bounds") -> tuple[float, float]:
     low, high = two_numbers(op, name, bounds)
-    if not 0 < low < high < math.inf:
-        raise ValueError(f"{op}: {name} must satisfy 0 < lowest < highest, got {bounds}")
+    if not LOWEST <= low < high <= HIGHEST:
+        raise ValueError(
+            f"{op}: {name} must satisfy 0 < lowest < highest, from {LOWEST} to {HIGHEST}, "
+            f"got {bounds}"
+        )
     return low, high
 
 

@@ -13,7 +13,7 @@ from bmtard.ops._checks import (
     check_bounds,
     check_companion,
     check_logits,
-    check_positive,
+    check_temperature,
     is_integer,
     is_number,
 )
@@ -56,12 +56,12 @@ def bisect_temperature(
         logits: [..., C], float64, float32, bfloat16 or float16, any strides. -inf masks a class.
         target_entropy: nats. A float or 0-d tensor; with ``per_sample`` also a tensor of shape
             ``logits.shape[:-1]``.
-        bounds: (lowest, highest) temperature, 0 < lowest < highest.
+        bounds: (lowest, highest) temperature, 1e-36 <= lowest < highest <= 1e36.
         initial: where to start, shaped as ``target_entropy``; the temperature of the previous
             batch saves evaluations. Default: estimated from the variance of the logits.
         per_sample: one temperature for each row, instead of one for their mean entropy.
         tolerance: nats; 4 ulp of log C where that is more.
-        max_iterations: entropy evaluations at most.
+        max_iterations: entropy evaluations at most, 1 to 2**31 - 1.
         method: "halley", a bracketed Halley iteration (3 to 4 evaluations are typical), or
             "bisection" (about 25).
 
@@ -83,8 +83,10 @@ def bisect_temperature(
     low, high = check_bounds(op, bounds)
     if not (is_number(tolerance) and 0 <= tolerance < math.inf):
         raise ValueError(f"{op}: tolerance must be finite and >= 0, got {tolerance!r}")
-    if not (is_integer(max_iterations) and max_iterations >= 1):
-        raise ValueError(f"{op}: max_iterations must be an integer >= 1, got {max_iterations!r}")
+    if not (is_integer(max_iterations) and 1 <= max_iterations < 2**31):
+        raise ValueError(
+            f"{op}: max_iterations must be an integer >= 1 and < 2**31, got {max_iterations!r}"
+        )
     if method not in ("halley", "bisection"):
         raise ValueError(f"{op}: method must be 'halley' or 'bisection', got {method!r}")
     dtype = accumulation_dtype(logits.dtype)
@@ -92,7 +94,7 @@ def bisect_temperature(
     start = None
     if initial is not None:
         if not isinstance(initial, Tensor):
-            check_positive(op, "initial", initial)
+            check_temperature(op, "initial", initial)
         start = _per_row(op, "initial", initial, logits, rows_shape, dtype).detach()
 
     if not use_native(logits):

@@ -13,7 +13,7 @@ from bmtard.ops._checks import (
     check_companion,
     check_eps,
     check_pair,
-    check_positive,
+    check_temperature,
     is_number,
 )
 from bmtard.ops._dispatch import (
@@ -55,23 +55,26 @@ def multi_teacher_kl(
     p_k = softmax(teacher_logits[k] / temperature_k) and
     q_k = softmax(student_logits[k] / student_temperature). Equivalent, for one teacher, to
     ``F.kl_div(log_softmax(student / student_temperature), softmax(teacher / temperature))``, but
-    never NaN for a target probability of 0, and finite for any finite logits.
+    never NaN for a target probability of 0, and infinite for finite logits only where the KL itself
+    exceeds the largest number of its dtype. (The gradients by teacher and temperature are not
+    finite where log q exceeds it.)
 
     Args:
         student_logits: [..., C], or a sequence of K: entry k is compared with teacher k.
         teacher_logits: [..., C], or a sequence of K. A single tensor serves all of the other.
-        temperature: of the teachers, > 0: a float, a 0-d tensor or [K]. The values of a tensor
-            are not read on the host.
-        student_temperature: > 0.
+        temperature: of the teachers, 1e-36 to 1e36: a float, a 0-d tensor or [K]. The values of a
+            tensor are not read on the host: outside of that range, L_k is NaN.
+        student_temperature: 1e-36 to 1e36.
         weight: [K]; the result is then sum_k weight_k L_k.
         sample_weight: one factor for each row, of the rows' shape or [K, *rows]; a bool mask counts
-            as 1 where it is True.
+            as 1 where it is True. A row of weight 0 adds 0 to the loss and to every gradient,
+            whatever its logits are.
         reduction: "none" keeps the rows; "sum" adds them; "batchmean" divides the sum by the
             number of rows N, masked or not; "weighted_mean" divides it by the sum of
             ``sample_weight``, so it is the mean over the unmasked rows; "mean" divides it by
             N * C, as the published B-MTARD, ARD and RSLAD code does.
         scale_by_temperature: multiplies L_k by temperature_k ** 2.
-        eps: inside log(p + eps); the published B-MTARD code has 1e-5.
+        eps: inside log(p + eps): 0, or 1e-36 to 1e36; the published B-MTARD code has 1e-5.
 
     Returns:
         [K] ([K, *rows] with "none"), or with ``weight`` a 0-d tensor ([*rows] with "none"), in
@@ -95,9 +98,9 @@ def multi_teacher_kl(
                 f"got {list(temperature.shape)}"
             )
     else:
-        check_positive(op, "temperature", temperature)
+        check_temperature(op, "temperature", temperature)
         temperature = float(temperature)
-    check_positive(op, "student_temperature", student_temperature)
+    check_temperature(op, "student_temperature", student_temperature)
     check_eps(op, eps)
     student_temperature, eps = float(student_temperature), float(eps)
     rows_shape = first.shape[:-1]
@@ -153,6 +156,7 @@ def multi_teacher_kl(
             temperature,
             student_temperature=student_temperature,
             eps=eps,
+            sample_weight=None if sample_weight is None else sample_weight.view(-1, *rows_shape),
         )
         kl = _reduced(kl.reshape(count, rows), inner, first)
     else:
@@ -184,6 +188,8 @@ def multi_teacher_kl(
                 [rows_of(s.detach()) for s in students], [rows_of(t) for t in teachers],
                 tensor, value, student_temperature, eps, coefficient,
             )  # fmt: skip
+            if sample_weight is not None:
+                kl = _without_ignored(kl, sample_weight)
             loss = (kl * coefficient).sum()
             return AttachGradients.apply(
                 op, 1.0, loss, *grads, *distinct([rows_of(s) for s in students])
@@ -195,7 +201,8 @@ def multi_teacher_kl(
             )  # fmt: skip
 
     if sample_weight is not None:
-        kl = _reduced(kl * sample_weight, reduction, first, sample_weight)
+        kl = _without_ignored(kl, sample_weight) * sample_weight
+        kl = _reduced(kl, reduction, first, sample_weight)
     if scale_by_temperature:
         if isinstance(squared, Tensor) and squared.dim():
             squared = squared.view(count, *(1,) * (kl.dim() - 1))
@@ -217,6 +224,11 @@ def _divisor(reduction: str, logits: Tensor, sample_weight: Tensor | None = None
     classes = logits.shape[-1]
     rows = logits.numel() // classes
     return rows * classes if reduction == "mean" else rows
+
+
+def _without_ignored(kl: Tensor, sample_weight: Tensor) -> Tensor:
+    """0 for a KL that weight 0 would turn into NaN."""
+    return kl.masked_fill((sample_weight == 0) & ~kl.isfinite(), 0)
 
 
 def _reduced(

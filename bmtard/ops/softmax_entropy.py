@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bmtard import reference
-from bmtard.ops._checks import check_companion, check_logits, check_positive
+from bmtard.ops._checks import check_companion, check_logits, check_temperature
 from bmtard.ops._dispatch import (
     fake_rows,
     flat,
@@ -32,9 +32,9 @@ def softmax_entropy(
 
     Args:
         logits: [..., C], float64, float32, bfloat16 or float16, any strides. -inf masks a class.
-        temperature: > 0, dimensionless: a float, a 0-d tensor, or a tensor of shape
-            ``logits.shape[:-1]``. The values of a tensor are not read on the host: where one is
-            not > 0, that entropy is NaN.
+        temperature: 1e-36 to 1e36, dimensionless: a float, a 0-d tensor, or a tensor of shape
+            ``logits.shape[:-1]``. The values of a tensor are not read on the host: where one
+            lies outside of that range, that entropy is NaN.
         reduction: "none", "mean" or "sum" over the rows.
 
     Returns:
@@ -60,7 +60,7 @@ def softmax_entropy(
                 f"logits {list(logits.shape)}, got {list(temperature.shape)}"
             )
     else:
-        check_positive(op, "temperature", temperature)
+        check_temperature(op, "temperature", temperature)
 
     if not use_native(logits):
         entropy = reference.softmax_entropy(logits, temperature)

@@ -1,5 +1,5 @@
-// The balance between K teachers: what one step does to the temperatures and the weights.
-// Everything is double and of length K; it runs once a step, on one thread.
+// The balance between K teachers: one step of the temperatures and the weights. All arrays are
+// double [K]. One thread runs it once a step.
 #pragma once
 
 #include "../kernels.h"
@@ -10,14 +10,14 @@ BMTARD_NAMESPACE_BEGIN
 // (L / L0) ** exponent.
 BMTARD_HD double relative_loss(double loss, double initial_loss, double exponent) {
   using std::pow;
-  // A teacher that was matched from the start has no relative speed: count it as 1.
+  // A teacher whose first loss was 0 has no relative loss: it counts as 1.
   const double r = initial_loss > 0 ? loss / initial_loss : 1.0;
   if (!(r > 0)) return 0;  // rounding can leave a KL slightly below 0
   return exponent == 1.0 ? r : pow(r, exponent);
 }
 
 // Normalization Loss Balance: each weight moves towards its teacher's share of the relative
-// losses, then all are scaled to sum 1. The relative losses are computed twice, as an array
+// losses, then all are scaled to sum 1. The relative losses are computed twice, because an array
 // of them would lie in a GPU thread's local memory.
 BMTARD_HD void balance_weights(int32_t teachers, const double* losses, const double* initial_losses,
                                double weight_lr, double exponent, double* weights) {
@@ -52,7 +52,7 @@ BMTARD_HD void sign_step(int32_t teachers, const double* entropies, double tempe
   }
 }
 
-// The way from a temperature to the one that was found, in log space.
+// Moves a temperature towards the one that the search found, in log space.
 BMTARD_HD double move_temperature(double current, double found, double momentum) {
   using std::exp;
   using std::log;

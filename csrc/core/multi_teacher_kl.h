@@ -1,5 +1,5 @@
 // KL(p || q), p = softmax(teacher / temperature), q = softmax(student / student_temperature),
-// in logit space: no probability is ever divided by or taken the logarithm of.
+// in logit space: without a division by a probability or the logarithm of one.
 //
 // With log p and log q from the rows' maxima and log-sums, and a_j = dKL/dp_j:
 //   KL                = sum_j p_j (log(p_j + eps) - log q_j)
@@ -16,6 +16,17 @@
 #include "common.h"
 
 BMTARD_NAMESPACE_BEGIN
+
+// (z - max) / temperature overflows if two logits are further apart than the largest number. So
+// does the sum for KL, although KL may be smaller. The kernels then compute KL again, from the
+// logits times kFarScale.
+constexpr double kFarScale = 0x1p-64;
+
+// kFarScale (z - max) / temperature.
+template <typename real>
+BMTARD_HD real scaled_below(real z, real max, real inverse_temperature) {
+  return (z * real(kFarScale) - max * real(kFarScale)) * inverse_temperature;
+}
 
 // log(p + eps) - log q; the caller multiplies by p.
 template <typename T>

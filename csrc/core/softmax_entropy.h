@@ -11,7 +11,7 @@
 
 BMTARD_NAMESPACE_BEGIN
 
-// Sums of a row, or of a part of it; those of disjoint parts with one maximum just add.
+// Sums of a row, or of a part of it. Sums of disjoint parts add if they have one maximum.
 template <typename T>
 struct EntropySums {
   T s0, s1;

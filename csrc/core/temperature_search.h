@@ -3,9 +3,9 @@
 // A bracketed Halley iteration on G = log(H / (log C - H)) as a function of
 // x = log temperature, where G is close to linear:
 //   x <- x - 2 F g1 / (2 g1^2 - F g2),  F = G - G*,  g1 = dG/dx,  g2 = d2G/dx2.
-// The entropy grows with the temperature, so every evaluation tightens a bracket; a step
-// that leaves it, is not finite, or follows one that did not halve the error is replaced by
-// bisection in x, or by a leap while the bracket has an open end. Prior art: Vladymyrov and
+// The entropy grows with the temperature, so every evaluation tightens a bracket. Bisection in x
+// replaces a step that leaves the bracket, that is not finite, or whose predecessor did not halve
+// the error. If the bracket has an open end, a leap does. Prior art: Vladymyrov and
 // Carreira-Perpinan, ICML 2013, entropic affinities.
 #pragma once
 
@@ -15,14 +15,14 @@
 
 BMTARD_NAMESPACE_BEGIN
 
-// What one look at the raw logits of a row tells; for a batch, the mean over rows.
+// What one pass over the raw logits of a row finds; for a batch, the mean over rows.
 template <typename real>
 struct LogitRange {
   real log_count;  // log of the number of classes that are not masked by -inf
   real variance;   // of the finite logits under the uniform distribution
 };
 
-// A first temperature for which nothing needs to be evaluated: exact as the target nears
+// A first temperature, found without an evaluation. It becomes exact as the target approaches
 // log C, where the entropy is log C - variance / (2 temperature^2).
 template <typename real>
 BMTARD_HD real initial_temperature(LogitRange<real> range, real target, real low, real high) {
@@ -34,9 +34,9 @@ BMTARD_HD real initial_temperature(LogitRange<real> range, real target, real low
   return guess < low ? low : (guess > high ? high : guess);
 }
 
-// Halley's step: the factor that brings the temperature closer to the target. NaN, or anything,
-// where the entropy is 0 or log C or the target lies beyond; the search takes it only inside its
-// bracket.
+// Halley's step: the factor that brings the temperature closer to the target. It may be NaN or any
+// number if the entropy is 0 or log C, or if the target lies beyond. The search uses it only if the
+// result lies inside its bracket.
 template <typename T>
 BMTARD_HD T halley_factor(EntropyDerivatives<T> at, T log_count, T target) {
   using std::exp;
@@ -61,20 +61,21 @@ struct TemperatureSearch {
   SearchMethod method;
   // State.
   real temperature;  // to evaluate next; once done, the result
-  real kept;         // returned where the entropy decides nothing
+  real kept;         // the result if the entropy does not depend on the temperature
   real bracket_low, bracket_high;
   bool low_known, high_known;  // the bracket's end has been evaluated
+  bool flat;                   // the entropy may not depend on the temperature
   real previous_error;
   EntropyDerivatives<real> at;  // at `temperature`, once done
   int32_t iterations;
   int32_t status;
   bool done;
 
-  // `first` is evaluated first; `keep` is the result where the logits decide nothing.
+  // `first` is evaluated first; `keep` is the result if no temperature is better than another.
   BMTARD_HD void start(real first, real keep) {
     bracket_low = low;
     bracket_high = high;
-    low_known = high_known = false;
+    low_known = high_known = flat = false;
     previous_error = std::numeric_limits<real>::infinity();
     iterations = 0;
     status = kMaxIterations;
@@ -83,13 +84,13 @@ struct TemperatureSearch {
     temperature = clipped(first);
     // Bisection proves its bracket first.
     if (method == SearchMethod::kBisection || target <= real(0)) temperature = low;
-    // 4 ulp of log C is what rounding leaves of an entropy.
+    // The rounding error of an entropy: 4 ulp of log C.
     const real floor = 4 * std::numeric_limits<real>::epsilon() * log_count;
     if (!(tolerance >= floor)) tolerance = floor;
   }
 
-  // The same where the entropy at the lower bound is known: whoever has his target there needs
-  // no other evaluation.
+  // The same if the entropy at the lower bound is known. If the target lies there, the search
+  // needs no other evaluation.
   BMTARD_HD void start(EntropyDerivatives<real> at_low, real first, real keep) {
     start(first, keep);
     if (!(at_low.entropy >= target - tolerance)) return;
@@ -128,9 +129,12 @@ struct TemperatureSearch {
       return finish(kNonFinite);
     }
     if (distance <= tolerance) return finish(kConverged);
-    // Without variance at the highest entropy all logits are equal; without variance at a
-    // low one the temperature is merely far too small.
-    if (!(found.variance > real(0)) && found.entropy >= log_count - tolerance) {
+    // Without variance at the highest entropy, all logits are equal, or the temperature is so high
+    // that the variance underflows. The entropy at the lower bound decides. (Without variance at a
+    // low entropy, the temperature is far too low.)
+    flat = !low_known && !(found.variance > real(0)) && found.entropy >= log_count - tolerance;
+    if (flat) {
+      if (temperature > low && iterations < max_iterations) return;
       temperature = kept;
       return finish(kDegenerate);
     }
@@ -143,7 +147,7 @@ struct TemperatureSearch {
       bracket_high = temperature;
       high_known = true;
     }
-    // The bracket is two neighbouring numbers: nothing lies between.
+    // The bracket's ends are neighbouring numbers.
     if (low_known && high_known &&
         bracket_high - bracket_low <= 2 * std::numeric_limits<real>::epsilon() * bracket_high) {
       return finish(kConverged);
@@ -151,8 +155,12 @@ struct TemperatureSearch {
     if (iterations >= max_iterations) finish(kMaxIterations);
   }
 
-  // The second half: on to the next temperature, `factor` times this one if that is of use.
+  // The second half: chooses the next temperature, `factor` times this one if that is useful.
   BMTARD_HD void move(real factor) {
+    if (flat) {
+      temperature = low;
+      return;
+    }
     if (method == SearchMethod::kBisection) {
       temperature = high_known ? midpoint() : high;
       return;

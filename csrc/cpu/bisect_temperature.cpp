@@ -44,7 +44,7 @@ void each_row(const BisectTemperatureArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// As many searches side by side as a vector has lanes; those that have ended wait for the others.
+// One search a lane, side by side. A search that has ended waits for the others.
 template <typename scalar>
 void each_column(const BisectTemperatureArgs& args, int64_t begin, int64_t end) {
   using real = acc_t<scalar>;

@@ -8,7 +8,7 @@ BMTARD_NAMESPACE_BEGIN
 
 namespace {
 
-// What q and p of a row follow from, given its logits.
+// With the logits of a row, these give q and p.
 template <typename real>
 struct RowNorms {
   real student_max, student_norm, teacher_max, teacher_norm;
@@ -22,8 +22,8 @@ struct Workspace {
   double* kl;       // [K, N]
   double* entropy;  // [K, N]
   real* max;        // [K, N], of the teachers
-  // As gradient_pass() says.
-  real* difference;       // [K, N, C], q - p but for the weight
+  // One of these two, or none: see gradient_pass().
+  real* difference;       // [K, N, C], q - p, not yet weighted
   RowNorms<real>* norms;  // [K, N]
 
   explicit Workspace(const BMTARDLossArgs& args) {
@@ -37,7 +37,7 @@ struct Workspace {
   }
 };
 
-// Mode "bisect": every teacher to the largest of their entropies at the lower bound.
+// Mode "bisect": moves every teacher to the largest of their entropies at the lower bound.
 template <typename scalar>
 bool solve_temperatures(const BMTARDLossArgs& args, const Workspace<scalar>& work,
                         ParallelFor parallel_for, double* temperatures) {
@@ -97,7 +97,7 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
   const auto gradient_of = [&](int32_t k, int64_t r) {
     return static_cast<scalar*>(args.grad_student[k]) + r * classes;
   };
-  // The gradient but for the weight, which depends on all rows.
+  // The gradient without the weight, which depends on all rows.
   const GradientPass pass = gradient_pass(args);
   const bool keeps_norms = wants_grad && pass == GradientPass::kFromLogits;
   const auto difference_of = [&](int32_t k, int64_t r) -> real* {
@@ -105,7 +105,7 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
     if (pass == GradientPass::kFromFloat) return work.difference + (k * rows + r) * classes;
     return reinterpret_cast<real*>(gradient_of(k, r));
   };
-  // The published entropies, of mode "sign", have eps inside the logarithm too.
+  // Mode "sign" takes the published entropies, which have eps inside the logarithm too.
   const bool published = args.mode == BalanceMode::kSign;
   const auto rows_of_teacher = [&](int32_t k, int64_t begin, int64_t end) {
     const RowScratch<real> scratch(classes);
@@ -125,10 +125,9 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
   const auto columns_of_teacher = [&](int32_t k, int64_t begin, int64_t end) {
     real student[kMaxColumns * V::size], teacher[kMaxColumns * V::size];
     for_groups<real>(begin, end, [&](int64_t r, int n) {
-      load_columns<scalar>(args.student[k], r, n, classes, student);
-      load_columns<scalar>(args.teacher[k], r, n, classes, teacher);
-      const auto found = teacher_kl_columns<has_eps, real>(student, teacher, classes, student_scale,
-                                                           teacher_scale[k], eps, false);
+      const auto found = teacher_kl_columns<has_eps, scalar>(
+          args.student[k], args.teacher[k], r, n, classes, student_scale, teacher_scale[k], eps,
+          false, student, teacher);
       const V entropy = published ? found.entropy_eps : found.entropy;
       for (int i = 0; i < n; ++i) {
         const int64_t at = k * rows + r + i;
@@ -225,7 +224,7 @@ void loss(const BMTARDLossArgs& args, ParallelFor parallel_for) {
     });
     return;
   }
-  // Rows lie one after the other here, so a thread's part is one long row. Memory is all it costs.
+  // Rows lie one after the other, so a thread treats its part as one long row. Memory bounds it.
   for_all(classes / 8, [&](int32_t k, int64_t begin, int64_t end) {
     const V weight = static_cast<real>(weights[k]);
     scalar* gradient = gradient_of(k, begin);

@@ -1,4 +1,4 @@
-// What bmtard_loss() needs memory for, where dispatch.cpp and the kernel agree on it.
+// The memory that bmtard_loss() needs: dispatch.cpp allocates it, the kernel uses it.
 #pragma once
 
 #include "../core/common.h"

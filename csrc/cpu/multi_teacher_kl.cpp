@@ -47,14 +47,11 @@ void forward_columns(const MultiTeacherKLArgs& args, int64_t begin, int64_t end)
   real student[kMaxColumns * V::size], teacher[kMaxColumns * V::size];
   for (int32_t k = 0; k < args.teachers; ++k) {
     for_groups<real>(begin, end, [&](int64_t r, int n) {
-      load_columns<scalar>(args.student[k], r, n, args.classes, student);
-      load_columns<scalar>(args.teacher[k], r, n, args.classes, teacher);
-      write<real>(
-          args, k, r, n,
-          teacher_kl_columns<has_eps, real>(
-              student, teacher, args.classes, static_cast<real>(1.0 / args.student_temperature),
-              teacher_scale<real>(args, k), static_cast<real>(args.eps),
-              args.statistics != nullptr));
+      const auto found = teacher_kl_columns<has_eps, scalar>(
+          args.student[k], args.teacher[k], r, n, args.classes,
+          static_cast<real>(1.0 / args.student_temperature), teacher_scale<real>(args, k),
+          static_cast<real>(args.eps), args.statistics != nullptr, student, teacher);
+      write<real>(args, k, r, n, found);
     });
   }
 }
@@ -106,29 +103,29 @@ void backward_rows(const MultiTeacherKLBackwardArgs& args, int64_t begin, int64_
       V student_total = real(0), teacher_total = real(0);
       for (int32_t k = 0; k < args.teachers; ++k) {
         RowBackward<scalar>& row = rows[k];
-        const V log_q =
-            (at(row.student) - V(row.student_max)) * student_scale - V(row.student_log_sum);
-        const V u = (at(row.teacher) - V(row.teacher_max)) * V(row.teacher_scale);
-        const V log_p = u - V(row.teacher_log_sum);
-        const V p = exp(log_p);
-        if (args.grad_student[args.student_shared ? 0 : k]) {
-          const V grad = V(row.coefficient) * student_scale * (exp(log_q) - p);
-          if (args.student_shared) {
-            student_total = student_total + grad;
-          } else {
-            store_at(out(args.grad_student[k]), j, args.classes, grad);
+        void* const to_student = args.grad_student[args.student_shared ? 0 : k];
+        V by_student = real(0), by_teacher = real(0);
+        if (row.coefficient != real(0)) {  // else the row may hold NaN
+          const V log_q =
+              (at(row.student) - V(row.student_max)) * student_scale - V(row.student_log_sum);
+          const V u = (at(row.teacher) - V(row.teacher_max)) * V(row.teacher_scale);
+          const V log_p = u - V(row.teacher_log_sum);
+          const V p = exp(log_p);
+          if (to_student) by_student = V(row.coefficient) * student_scale * (exp(log_q) - p);
+          if (wants_teacher) {
+            const V by_u = V(row.coefficient) *
+                           kl_by_scaled_teacher(p, log_p, log_q, V(row.center), eps, has_eps);
+            by_teacher = by_u * V(row.teacher_scale);
+            row.by_temperature = row.by_temperature - by_teacher * floor_exponent(u);
           }
         }
-        if (wants_teacher) {
-          const V by_u = V(row.coefficient) *
-                         kl_by_scaled_teacher(p, log_p, log_q, V(row.center), eps, has_eps);
-          const V grad = by_u * V(row.teacher_scale);
-          row.by_temperature = row.by_temperature - grad * floor_exponent(u);
-          if (args.teacher_shared) {
-            teacher_total = teacher_total + grad;
-          } else if (args.grad_teacher[k]) {
-            store_at(out(args.grad_teacher[k]), j, args.classes, grad);
-          }
+        student_total = student_total + by_student;
+        teacher_total = teacher_total + by_teacher;
+        if (to_student && !args.student_shared) {
+          store_at(out(to_student), j, args.classes, by_student);
+        }
+        if (args.grad_teacher[k] && !args.teacher_shared) {
+          store_at(out(args.grad_teacher[k]), j, args.classes, by_teacher);
         }
       }
       if (args.student_shared && args.grad_student[0]) {

@@ -31,6 +31,19 @@ struct Images {
     }
   }
 
+  // The sum over [begin, end) of unit * f(x_adv, grad, x) squared.
+  struct Norm {
+    real squared, unit;
+  };
+  template <typename F>
+  Norm norm(int64_t begin, int64_t end, F f) const {
+    const real squared = squared_norm(begin, end, f);
+    const real unit = norm_unit(squared);
+    if (unit == real(1)) return {squared, unit};
+    const auto scaled = [&](V x_adv, V grad, V x) { return V(unit) * f(x_adv, grad, x); };
+    return {squared_norm(begin, end, scaled), unit};
+  }
+
   // The sum over [begin, end) of f(x_adv, grad, x) squared.
   template <typename F>
   real squared_norm(int64_t begin, int64_t end, F f) const {
@@ -83,14 +96,16 @@ void l2(const PgdStepArgs& args, ParallelFor parallel_for) {
   for_rows(parallel_for, args.samples, 3 * args.sample_size, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t first = n * args.sample_size, last = first + args.sample_size;
-      const real squared = images.squared_norm(first, last, [](V, V grad, V) { return grad; });
-      const V scale = l2_step_scale(squared, static_cast<real>(args.step_size));
+      const auto gradient = images.norm(first, last, [](V, V grad, V) { return grad; });
+      const V scale = l2_step_scale(gradient.squared, static_cast<real>(args.step_size));
+      const V unit = gradient.unit;
       // Without a step the gradient may hold NaN or infinity: keep it out.
       const auto moved = [&](V x_adv, V grad, V x) {
-        return x_adv + select(scale > V(real(0)), scale * grad, V(real(0))) - x;
+        return x_adv + select(scale > V(real(0)), scale * (unit * grad), V(real(0))) - x;
       };
-      const V projection = l2_projection_scale(images.squared_norm(first, last, moved),
-                                               static_cast<real>(args.epsilon));
+      const auto distance = images.norm(first, last, moved);
+      const V projection =
+          l2_projection_scale(distance.squared, distance.unit, static_cast<real>(args.epsilon));
       images.update(first, last, [&](V x_adv, V grad, V x) {
         return clamped(x + projection * moved(x_adv, grad, x), low, high);
       });

@@ -56,12 +56,6 @@ BMTARD_HD const scalar* row_of(const Matrix& matrix, int64_t row) {
   return static_cast<const scalar*>(matrix.data) + row * matrix.row_stride;
 }
 
-// 1 / temperature, NaN for one that is not > 0.
-template <typename real>
-BMTARD_HD real inverse_temperature(real temperature) {
-  return temperature > real(0) ? real(1) / temperature : std::numeric_limits<real>::quiet_NaN();
-}
-
 // The vector at index j of a row of `count` elements; lanes past its end hold `fill`.
 template <typename scalar>
 BMTARD_HD Vec<acc_t<scalar>> load_at(const scalar* row, int64_t j, int64_t count,

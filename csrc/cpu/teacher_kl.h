@@ -26,6 +26,30 @@ struct EpsSums {
   }
 };
 
+// KL and center of a row whose sum for KL overflowed. `found` has the other results of
+// teacher_kl(); exp_of(j) is the teacher's exponential.
+struct FarKL {
+  double kl, center;
+};
+template <bool has_eps, typename scalar, typename F>
+__attribute__((noinline)) FarKL far_kl(const scalar* student, int64_t classes,
+                                       const TeacherKL<acc_t<scalar>>& found, double student_scale,
+                                       double eps, F exp_of) {
+  using V = Vec<acc_t<scalar>>;
+  double cross = 0, center = 0;
+  for (int64_t start = 0; start < classes; start += V::size) {
+    const V z = load_at(student, start, classes, acc_t<scalar>(0));
+    for (int i = 0; i < V::size && start + i < classes; ++i) {
+      const double p = static_cast<double>(exp_of(start + i)) * found.teacher_norm;
+      if (!(p > 0)) continue;
+      cross += p * scaled_below<double>(z.v[i], found.student_max, student_scale);
+      if (has_eps) center += p * (p / (p + eps));
+    }
+  }
+  const double kl = found.student_log_sum - found.entropy_eps - cross / kFarScale;
+  return {kl, kl + center};
+}
+
 // `exps` holds the exponentials of the shifted student's and teacher's logits, each padded to whole
 // vectors. Where `difference` is not null, it receives difference_scale (q - p).
 template <bool has_eps, typename scalar>
@@ -50,7 +74,7 @@ inline TeacherKL<acc_t<scalar>> teacher_kl(const Matrix& students, const Matrix&
     const int64_t length = classes - start < kBlock ? classes - start : kBlock;
     V q = zero, p = zero, pd = zero, pu = zero;
     for (int64_t j = 0; j < length; j += V::size) {
-      // The next row comes while this one is computed: the processor's own prefetch stops at
+      // Fetches the next row during the work on this one. The processor's own prefetch stops at
       // the end of a page, which is about a row.
       __builtin_prefetch(student + students.row_stride + start + j);
       __builtin_prefetch(teacher + teachers.row_stride + start + j);
@@ -95,25 +119,37 @@ inline TeacherKL<acc_t<scalar>> teacher_kl(const Matrix& students, const Matrix&
   }
   const double entropy = teacher_log_sum - self / p_sum;
   const double kl = cross / p_sum + student_log_sum + (has_eps ? self_eps : -teacher_log_sum);
-  return {static_cast<real>(kl),
-          static_cast<real>(kl + center),
-          static_cast<real>(entropy),
-          static_cast<real>(has_eps ? -self_eps : entropy),
-          student_max,
-          static_cast<real>(student_log_sum),
-          teacher_max,
-          static_cast<real>(teacher_log_sum),
-          student_norm,
-          teacher_norm};
+  TeacherKL<real> found{static_cast<real>(kl),
+                        static_cast<real>(kl + center),
+                        static_cast<real>(entropy),
+                        static_cast<real>(has_eps ? -self_eps : entropy),
+                        student_max,
+                        static_cast<real>(student_log_sum),
+                        teacher_max,
+                        static_cast<real>(teacher_log_sum),
+                        student_norm,
+                        teacher_norm};
+  if (kl > std::numeric_limits<real>::max()) {
+    const auto far = far_kl<has_eps>(student, classes, found, student_scale, eps,
+                                     [&](int64_t j) { return teacher_exps[j]; });
+    found.kl = static_cast<real>(far.kl);
+    found.center = static_cast<real>(far.center);
+  }
+  return found;
 }
 
-// The same of n <= Vec::size rows of few classes at once. The columns hold the logits on the way
-// in and their exponentials on the way out.
-template <bool has_eps, typename real>
-inline TeacherKL<Vec<real>> teacher_kl_columns(real* student, real* teacher, int64_t classes,
-                                               Vec<real> student_scale, Vec<real> teacher_scale,
-                                               Vec<real> eps, bool wants_center) {
+// The same of n <= Vec::size rows of few classes at once, from `row` on. The columns hold the
+// teachers' and the students' exponentials on the way out.
+template <bool has_eps, typename scalar>
+inline TeacherKL<Vec<acc_t<scalar>>> teacher_kl_columns(
+    const Matrix& students, const Matrix& teachers, int64_t row, int n, int64_t classes,
+    acc_t<scalar> student_scale_value, acc_t<scalar> teacher_scale_value, acc_t<scalar> eps_value,
+    bool wants_center, acc_t<scalar>* student, acc_t<scalar>* teacher) {
+  using real = acc_t<scalar>;
   using V = Vec<real>;
+  const V student_scale = student_scale_value, teacher_scale = teacher_scale_value, eps = eps_value;
+  load_columns<scalar>(students, row, n, classes, student);
+  load_columns<scalar>(teachers, row, n, classes, teacher);
   const V zero = real(0);
   const V student_max = column_max(student, classes), teacher_max = column_max(teacher, classes);
   V q_sum = zero, p_sum = zero, cross = zero, self = zero;
@@ -138,9 +174,24 @@ inline TeacherKL<Vec<real>> teacher_kl_columns(real* student, real* teacher, int
   }
   const V entropy = teacher_log_sum - self * teacher_norm;
   const V kl = cross * teacher_norm + student_log_sum + (has_eps ? sums.self : -teacher_log_sum);
-  return {kl,           kl + sums.center, entropy,     has_eps ? -sums.self : entropy,
-          student_max,  student_log_sum,  teacher_max, teacher_log_sum,
-          student_norm, teacher_norm};
+  TeacherKL<V> found{kl,           kl + sums.center, entropy,     has_eps ? -sums.self : entropy,
+                     student_max,  student_log_sum,  teacher_max, teacher_log_sum,
+                     student_norm, teacher_norm};
+  if (reduce_add(kl - kl) == real(0)) return found;  // all are finite
+  for (int i = 0; i < n; ++i) {
+    if (!(kl.v[i] > std::numeric_limits<real>::max())) continue;
+    TeacherKL<real> one{};
+    one.entropy_eps = found.entropy_eps.v[i];
+    one.student_max = student_max.v[i];
+    one.student_log_sum = student_log_sum.v[i];
+    one.teacher_norm = teacher_norm.v[i];
+    const auto far =
+        far_kl<has_eps>(row_of<scalar>(students, row + i), classes, one, student_scale_value,
+                        eps_value, [&](int64_t j) { return teacher[j * V::size + i]; });
+    found.kl.v[i] = static_cast<real>(far.kl);
+    found.center.v[i] = static_cast<real>(far.center);
+  }
+  return found;
 }
 
 // Calls f(Bool<eps > 0>): the inner loops depend on it.

@@ -25,7 +25,7 @@ inline LogitRange<double> range_of(LogitSums<double> sums) {
   return {::log(sums.count), sums.squares / sums.count - mean * mean};
 }
 
-// What the first look at a row yields.
+// What the first pass over a row finds.
 template <typename real>
 struct RowLook {
   real max;
@@ -100,8 +100,8 @@ inline EntropyDerivatives<double> mean_derivatives(const Matrix& logits, int64_t
   return {mean.entropy / n, mean.variance / n, mean.third_moment / n};
 }
 
-// The first look at every row: their maxima into `max` [N], the mean of their ranges. `parts`
-// as in mean_derivatives().
+// The first pass over every row: writes their maxima to `max` [N], returns the mean of their
+// ranges. `parts` as in mean_derivatives().
 template <typename scalar>
 inline LogitRange<double> mean_range(const Matrix& logits, int64_t rows, int64_t classes,
                                      acc_t<scalar>* max, double* parts, ParallelFor parallel_for) {
@@ -122,14 +122,14 @@ inline LogitRange<double> mean_range(const Matrix& logits, int64_t rows, int64_t
 }
 
 // A search over logits whose statistics are `real`, with the settings that BisectTemperatureArgs
-// and BMTARDLossArgs share; still to be started.
+// and BMTARDLossArgs share. Call start() next.
 template <typename real, typename Args>
 inline TemperatureSearch<double> new_search(const Args& args, SearchMethod method, double target,
                                             double log_count) {
   TemperatureSearch<double> search{};
   search.target = target;
   search.log_count = log_count;
-  // What rounding in `real` leaves of an entropy: 4 ulp of log C.
+  // The rounding error of an entropy in `real`: 4 ulp of log C.
   const double rounding = 4.0 * std::numeric_limits<real>::epsilon() * log_count;
   search.tolerance = args.tolerance > rounding ? args.tolerance : rounding;
   search.low = args.low;

@@ -122,8 +122,8 @@ BMTARD_HD float reduce_max(Vec<float> x) {
 }
 #endif
 
-// a > b ? a : b, so b where either is NaN: the instruction itself, which no compiler makes of
-// select() while NaN counts.
+// a > b ? a : b, so b if either is NaN. Compilers do not turn select() into the max instruction,
+// because of NaN; so it is named here.
 template <typename real>
 BMTARD_HD Vec<real> larger(Vec<real> a, Vec<real> b) {
   return select(a > b, a, b);
@@ -138,7 +138,7 @@ BMTARD_HD Vec<float> larger(Vec<float> a, Vec<float> b) {
 }
 #endif
 
-// core's, in one instruction.
+// That of core/common.h, in one instruction.
 BMTARD_HD Vec<float> floor_exponent(Vec<float> u) {
   return larger(Vec<float>(static_cast<float>(kExpFloor)), u);
 }
@@ -165,7 +165,7 @@ BMTARD_HD Vec<float> exp(Vec<float> x) {
   const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x.v, _mm512_set1_ps(lowest), _CMP_NLT_UQ);
   return (V::native)_mm512_maskz_scalef_ps(normal, (__m512)p.v, (__m512)n.v);
 #else
-  // 2^n: the low bits of t are n, shifted into the exponent; the rest falls off.
+  // 2^n: the low bits of t are n. The shift moves them into the exponent and drops the others.
   const V scale = V::from_bits((t.as_int() << 23) + 0x3f800000);
   return select(x < V(lowest), V(0.0f), p * scale);
 #endif

@@ -1,14 +1,12 @@
-// Sums over all rows of a batch, for what is solved for the batch as a whole.
+// Sums over all rows of a batch.
 //
-// Such a kernel works in rounds: decide from the sums of the last pass, then make the next
-// pass over the rows. One launch runs all rounds. Its blocks form a team; after a pass each
-// of them adds up what all have found in the same order, so that all come to the same
-// decision. A team is
-//   one block, or where the device has clusters a cluster, for a batch that a few
-//     multiprocessors are done with sooner than all of them could agree;
-//   a cooperative grid for every other batch.
-// Each block has a share of the rows, the same in every round, and keeps them in shared
-// memory if they fit.
+// The kernels here work in rounds: they decide from the sums of the last pass and then make the
+// next pass over the rows. One launch runs all rounds. Its blocks form a team. After a pass, each
+// block adds up the sums of all blocks in the same order, so all reach the same decision.
+//   A small batch has a team of one block, or of one cluster if the device has clusters: there,
+//     a barrier of the whole device would cost more than the work.
+//   Every other batch has a cooperative grid.
+// Each block has the same rows in every round, and keeps them in shared memory if they fit.
 #pragma once
 
 #include "rows.cuh"
@@ -20,13 +18,13 @@ constexpr int64_t kSmallBatch = 32 * 1024;  // elements of a matrix
 constexpr int64_t kMaxSlots = 512;
 constexpr int kBatchThreads = 512;
 
-// How a launch goes about a batch.
+// How a launch treats a batch.
 struct BatchPlan {
   simt::Grid grid;
-  int cached_matrices;  // so many, from the first on, stay in shared memory
+  int cached_matrices;  // the first so many stay in shared memory
 };
 
-// `kept` counts the matrices that are read again and again, then those that may stay as well.
+// `kept`: the number of matrices that every round reads, and of all that may stay.
 template <typename Shape, typename Kernel>
 BatchPlan plan_batch(Kernel* kernel, int64_t rows, int64_t classes, int first_kept, int all_kept) {
   constexpr int64_t kFewestElements = 1024;  // of a block
@@ -41,7 +39,7 @@ BatchPlan plan_batch(Kernel* kernel, int64_t rows, int64_t classes, int first_ke
     }
   };
   if (rows * classes <= kSmallBatch) {
-    // A second look at the same rows costs less than a cluster's barrier.
+    // A second read of the same rows costs less than a cluster's barrier.
     const int64_t wanted = rows <= 2 * Shape::kRows ? 1 : ceil_divide(rows, Shape::kRows);
     while (plan.grid.cluster < wanted && 2 * plan.grid.cluster <= simt::max_cluster()) {
       plan.grid.cluster *= 2;
@@ -128,7 +126,7 @@ class Team {
   BMTARD_DEVICE Team(Block<threads>& block, const TeamMemory& memory, int sets)
       : block_(block), memory_(memory), sets_(sets) {}
 
-  // What this block's groups have found for a set.
+  // Takes the sums that this block's groups found for a set.
   template <typename Shape>
   BMTARD_DEVICE void give(const Group<Shape>& group, int set, double (&sums)[kSums]) {
     if (group.lane != 0) {
@@ -167,7 +165,7 @@ class Team {
 
   BMTARD_DEVICE double total(int set, int i) const { return memory_.totals.get(set * kSums + i); }
 
-  // Comes after the last round: other blocks may still read from this one.
+  // Call it after the last round. It waits for the blocks that still read from this one.
   BMTARD_DEVICE void leave() const {
     if (in_cluster()) simt::cluster_barrier();
   }
@@ -234,7 +232,7 @@ BMTARD_DEVICE void entropy_pass(const Matrix& logits, int matrix, bool first_loo
     sums[0] += found.entropy;
     sums[1] += found.variance;
     sums[2] += found.third_moment;
-    // Later looks know the number.
+    // Later passes know the number.
     if (first_look) {
       group.sum(count);
       sums[3] += log(count[0]);
@@ -242,7 +240,7 @@ BMTARD_DEVICE void entropy_pass(const Matrix& logits, int matrix, bool first_loo
   });
 }
 
-// The tolerance in nats, or what rounding leaves of an entropy in R if that is more.
+// The tolerance in nats, or the rounding error of an entropy in R if that is larger.
 template <typename R>
 BMTARD_DEVICE double search_tolerance(double tolerance, double log_count) {
   constexpr double kRounding = 4 * static_cast<double>(std::numeric_limits<R>::epsilon());

@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// One group a row, which stays in registers or shared memory during the search if it fits.
-// All threads of the group search alike.
+// One group a row. The row stays in registers or shared memory during the search if it fits. All
+// threads of the group compute the same search.
 template <typename Shape>
 BMTARD_KERNEL(Shape::kThreads)
 bisect_rows_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, bool packed,
@@ -79,7 +79,7 @@ BMTARD_DEVICE void range_pass(const BisectTemperatureArgs& args, const Share<Sha
   });
 }
 
-// What follows from the totals of a pass; returns what the next one is for.
+// Continues the search with the totals of a pass. Returns the phase of the next one.
 template <typename R>
 BMTARD_DEVICE int32_t decide(const BisectTemperatureArgs& args, int32_t phase,
                              TemperatureSearch<double>& search, const double (&sums)[kSums]) {
@@ -99,8 +99,8 @@ BMTARD_DEVICE int32_t decide(const BisectTemperatureArgs& args, int32_t phase,
   return search.done ? kDone : kSearch;
 }
 
-// Rounds over the batch, see batch.cuh: a look at the range of the logits if there is no
-// initial temperature, then the search.
+// Rounds over the batch, see batch.cuh: a pass for the range of the logits if there is no initial
+// temperature, then the search.
 template <typename Shape>
 BMTARD_KERNEL(Shape::kThreads)
 bisect_batch_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, bool packed,
@@ -126,7 +126,7 @@ bisect_batch_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, bool 
     search.max_iterations = args.max_iterations;
     search.method = args.method;
     if (args.initial) {
-      // Neither is known before the first pass, and both are set after it.
+      // The first pass finds both.
       search.log_count = search.tolerance = 0;
       const double initial = at<R>(args.initial, 0);
       search.start(initial, initial);

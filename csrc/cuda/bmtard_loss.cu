@@ -17,7 +17,7 @@ enum Phase : int32_t {
   kGradient,
 };
 
-// What the balance knows of a teacher.
+// The balance's state of a teacher.
 struct Teacher {
   double current;      // temperature before this step
   double temperature;  // of the next pass
@@ -40,7 +40,8 @@ BMTARD_DEVICE bool bisects(const BMTARDLossArgs& args) {
   return args.update && args.mode == BalanceMode::kBisect;
 }
 
-// The teachers' matrices are numbers 0 to K - 1, read in every round; then the students'.
+// The teachers' matrices have the numbers 0 to K - 1, because every round reads them. The students'
+// matrices follow.
 template <typename Shape>
 BMTARD_DEVICE auto teacher_row(const BMTARDLossArgs& args, const Share<Shape>& share, int k,
                                int64_t n, bool first_look) {
@@ -52,7 +53,7 @@ BMTARD_DEVICE auto student_row(const BMTARDLossArgs& args, const Share<Shape>& s
   return share.row(args.student[k], args.teachers + k, n, first_look);
 }
 
-// This block's share of a teacher's KL and entropy. Leaves the statistics of its rows.
+// Adds up a teacher's KL and entropy over this block's rows, and writes their statistics.
 template <typename Shape, typename R>
 BMTARD_DEVICE void loss_pass(const BMTARDLossArgs& args, int k, double temperature, R* statistics,
                              const Share<Shape>& share, Group<Shape>& group,
@@ -60,7 +61,7 @@ BMTARD_DEVICE void loss_pass(const BMTARDLossArgs& args, int k, double temperatu
   const R eps = static_cast<R>(args.eps);
   const R entropy_eps = args.mode == BalanceMode::kSign ? eps : R(0);
   const R student_inverse = static_cast<R>(1 / args.student_temperature);
-  const R inverse = static_cast<R>(1 / temperature);
+  const R inverse = static_cast<R>(inverse_temperature(temperature));
   const int64_t plane = args.teachers * args.rows;
   BMTARD_UNROLL
   for (int i = 0; i < kSums; ++i) sums[i] = 0;
@@ -89,7 +90,7 @@ BMTARD_DEVICE void gradient_pass(const BMTARDLossArgs& args, int k, double tempe
   using T = typename Shape::Type;
   using std::exp;
   if (!args.grad_student[k]) return;
-  const R inverse = static_cast<R>(1 / temperature);
+  const R inverse = static_cast<R>(inverse_temperature(temperature));
   const R student_inverse = static_cast<R>(1 / args.student_temperature);
   const R coefficient = static_cast<R>(weight * args.gradient_scale / args.student_temperature);
   const int64_t plane = args.teachers * args.rows;
@@ -112,8 +113,8 @@ BMTARD_DEVICE void gradient_pass(const BMTARDLossArgs& args, int k, double tempe
   });
 }
 
-// What follows from the totals of pass `phase`, kTarget or kSearch: the next phase, the same
-// on all lanes of the warp. Lane k decides for teacher k.
+// Continues the searches with the totals of pass `phase`, kTarget or kSearch. Lane k decides for
+// teacher k. Returns the next phase, the same on all lanes of the warp.
 template <typename R, int threads>
 BMTARD_DEVICE int32_t next_phase(const BMTARDLossArgs& args, int32_t phase, int lane,
                                  Teacher* teacher, const Team<threads>& team) {
@@ -123,7 +124,7 @@ BMTARD_DEVICE int32_t next_phase(const BMTARDLossArgs& args, int32_t phase, int 
     found = {team.total(lane, 0) / rows, team.total(lane, 1) / rows, team.total(lane, 2) / rows};
   }
   if (phase == kTarget) {
-    // Where the sign rule comes to rest: the highest of the entropies at the lower bound.
+    // The sign rule comes to rest there: at the highest of the entropies at the lower bound.
     double target = teacher ? found.entropy : -std::numeric_limits<double>::infinity();
     BMTARD_UNROLL
     for (int distance = simt::kWarp / 2; distance > 0; distance /= 2) {
@@ -154,12 +155,12 @@ BMTARD_DEVICE int32_t next_phase(const BMTARDLossArgs& args, int32_t phase, int 
   return simt::any(simt::kFullWarp, open) ? kSearch : kLoss;
 }
 
-// Shared by the block: what the threads that own a teacher tell the others.
+// Shared by the block. The thread that owns a teacher writes here for the others.
 struct Board {
   simt::Shared<double> temperature, weight, initial_loss, loss, entropy;  // [kMaxTeachers]
 };
 
-// Weights, loss and state, by one thread.
+// Computes the weights and the loss and writes the state; for one thread.
 template <typename R>
 BMTARD_DEVICE void settle(const BMTARDLossArgs& args, const Board& board, int64_t step,
                           bool out_of_bounds, bool writes) {
@@ -272,7 +273,7 @@ bmtard_loss_kernel(const BMTARD_GRID_CONSTANT BMTARDLossArgs args, bool packed,
   if (owns) {
     loss.set(thread, args.scale * team.total(thread, 0));
     entropy.set(thread, team.total(thread, 1) / static_cast<double>(args.rows));
-    // The teacher that set the target may be clamped at the lower bound, having reached it.
+    // kClampedLow is a success: the teacher that set the target ends at the lower bound.
     stopped = bisects(args) && teachers.own(thread).search.status == kClampedHigh;
   }
   if (thread < simt::kWarp) stopped = simt::any(simt::kFullWarp, stopped);

@@ -58,7 +58,7 @@ struct KLRow {
   R entropy;  // -sum p log(p + entropy_eps)
 };
 
-// In two looks at each row: the log-softmaxes, then the sums.
+// In two passes over each row: the log-softmaxes, then the sums.
 template <typename Shape, typename RowType, typename R>
 BMTARD_DEVICE KLRow<R> kl_by_softmax(const RowType& student, const RowType& teacher, int classes,
                                      R student_inverse, R inverse, R eps, R entropy_eps,
@@ -87,10 +87,10 @@ BMTARD_DEVICE KLRow<R> kl_by_softmax(const RowType& student, const RowType& teac
   return {q, p, sums[0], has_eps ? sums[1] : sums[0], sums[2]};
 }
 
-// The same in one look at each row, for eps = 0, where KL needs no log-softmax:
+// The same in one pass over each row, for eps = 0. KL then needs no log-softmax:
 //   KL = D / S - log S + log S_student,  D = sum e (u - u_student),  e = exp(u),  S = sum e,
-// u as in core/softmax_entropy.h. Each thread keeps its sums relative to the maxima of what
-// it has seen.
+// u as in core/softmax_entropy.h. Each thread keeps its sums relative to the largest values so
+// far.
 template <typename R>
 struct OnlineKL {
   R student_max, max;
@@ -99,12 +99,12 @@ struct OnlineKL {
 
   BMTARD_DEVICE void shift(R new_student_max, R new_max, R student_inverse, R inverse) {
     using std::exp;
-    // Both may still be -inf, whose difference is no number.
+    // Both may still be -inf, and -inf - -inf is NaN.
     const R by_student =
         student_max == new_student_max ? R(0) : (student_max - new_student_max) * student_inverse;
     const R by = max == new_max ? R(0) : floor_exponent((max - new_max) * inverse);
     const R scale = exp(by), weight = scale * teacher.s0;
-    // What has lost its weight adds nothing, be it infinite.
+    // A difference without weight adds nothing, even if it is infinite.
     difference = weight == R(0) ? R(0) : scale * difference + (by - by_student) * weight;
     teacher = shifted(teacher, by);
     student_sum *= exp(floor_exponent(by_student));
@@ -140,7 +140,7 @@ BMTARD_DEVICE KLRow<R> online_kl(const RowType& student, const RowType& teacher,
     if (student_top > sums.student_max || top > sums.max) {
       sums.shift(student_top, top, student_inverse, inverse);
     }
-    // While all were masked, -inf - 0 keeps them so.
+    // As long as all values are masked, -inf - 0 keeps them masked.
     const R student_base = student_top == kNothing ? R(0) : student_top;
     const R base = top == kNothing ? R(0) : top;
     BMTARD_UNROLL
@@ -159,18 +159,50 @@ BMTARD_DEVICE KLRow<R> online_kl(const RowType& student, const RowType& teacher,
   return {q, p, kl, kl, p.log_sum - totals[2] / totals[1]};
 }
 
-// A row that is not in registers is looked at as rarely as can be.
+// KL and center of a row whose sum for KL overflowed.
+template <typename Shape, typename RowType, typename R>
+BMTARD_DEVICE void find_far_kl(const RowType& student, const RowType& teacher, int classes, R eps,
+                               Group<Shape>& group, KLRow<R>& found) {
+  using std::exp;
+  using std::log;
+  R sums[3] = {0, 0, 0};  // of p log q, times kFarScale; of p log(p + eps); of p^2 / (p + eps)
+  for_each_tile<Shape>(classes, [&](int tile) {
+    const Tile<Shape> s = student.get(tile), t = teacher.get(tile);
+    BMTARD_UNROLL
+    for (int i = 0; i < Shape::kWidth; ++i) {
+      const R log_p = found.p(t.value[i]);
+      const R p = exp(log_p);
+      if (!(p > R(0))) continue;
+      sums[0] += p * scaled_below(s.value[i], found.q.max, found.q.inverse_temperature);
+      sums[1] += p * (eps > R(0) ? log(p + eps) : log_p);
+      sums[2] += p * (p / (p + eps));
+    }
+  });
+  group.sum(sums);
+  found.kl = sums[1] + found.q.log_sum - sums[0] / R(kFarScale);
+  found.center = eps > R(0) ? found.kl + sums[2] : found.kl;
+}
+
+// A row that is not in registers is read as rarely as possible.
 template <typename Shape, typename RowType, typename R>
 BMTARD_DEVICE KLRow<R> kl_row(const RowType& student, const RowType& teacher, int classes,
                               R student_inverse, R inverse, R eps, R entropy_eps,
                               Group<Shape>& group) {
+  const bool online = Shape::kTiles == 0 && !(eps > R(0));
+  KLRow<R> found;
   if constexpr (Shape::kTiles == 0) {
-    if (!(eps > R(0))) {
-      return online_kl<Shape>(student, teacher, classes, student_inverse, inverse, group);
+    if (online) {
+      found = online_kl<Shape>(student, teacher, classes, student_inverse, inverse, group);
     }
   }
-  return kl_by_softmax<Shape>(student, teacher, classes, student_inverse, inverse, eps, entropy_eps,
-                              group);
+  if (!online) {
+    found = kl_by_softmax<Shape>(student, teacher, classes, student_inverse, inverse, eps,
+                                 entropy_eps, group);
+  }
+  if (found.kl > std::numeric_limits<R>::max()) {
+    find_far_kl<Shape>(student, teacher, classes, eps, group, found);
+  }
+  return found;
 }
 
 }  // namespace cuda

@@ -13,7 +13,7 @@ BMTARD_DEVICE R inverse_temperature_of(const Args& args, int k) {
   const double temperature = args.temperature
                                  ? simt::load(args.temperature + k * args.temperature_stride)
                                  : args.temperature_value;
-  return static_cast<R>(1 / temperature);
+  return static_cast<R>(inverse_temperature(temperature));
 }
 
 // The planes of the statistics, see kernels.h.
@@ -75,7 +75,8 @@ multi_teacher_kl_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLArgs args, bool
       BMTARD_UNROLL
       for (int i = 0; i < Shape::kWidth; ++i) {
         using std::exp;
-        gradient.value[i] = by_logit * (exp(found.q(s.value[i])) - exp(found.p(t.value[i])));
+        const R difference = exp(found.q(s.value[i])) - exp(found.p(t.value[i]));
+        gradient.value[i] = by_logit == R(0) ? R(0) : by_logit * difference;  // not 0 * NaN
       }
       store_tile<Shape>(to, classes, tile, group.lane, packed, gradient);
     });
@@ -109,6 +110,7 @@ struct Pair {
   BMTARD_DEVICE void add(R student, R teacher, R& grad_student, R& grad_teacher,
                          R& by_temperature) const {
     using std::exp;
+    if (coefficient == R(0)) return;  // the row may hold NaN
     const R log_q = q(student), log_p = p(teacher);
     const R probability = exp(log_p);
     grad_student += coefficient * q.inverse_temperature * (exp(log_q) - probability);
@@ -126,9 +128,9 @@ BMTARD_DEVICE T* gradient_row(void* const (&gradients)[kMaxTeachers], bool share
   return data ? data + n * classes : nullptr;
 }
 
-// One group for a teacher's row, or, if a student or teacher is shared, for that row of all
-// teachers. Reads each row once and writes each gradient once; a gradient by the temperature
-// takes a shared student or teacher one more read.
+// One group takes one row of one teacher. If a student or teacher is shared, it takes that row of
+// every teacher. Each row is read once and each gradient written once; with a shared student or
+// teacher, the gradients by the temperatures read the rows once more.
 template <typename Shape>
 BMTARD_KERNEL(Shape::kThreads)
 multi_teacher_kl_backward_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLBackwardArgs args,

@@ -73,11 +73,38 @@ pgd_l2_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, bool packed, bool cac
     }
   });
   group.sum(sums);
+
+  // The same over values that are too small or too large to be squared as they are: rare.
+  const auto squared_norm = [&](auto value_of) {
+    R sum[1] = {0};
+    for_each_tile<Shape>(size, [&](int tile) {
+      const Tile<Shape> values = x_adv.get(tile), gradient = grad.get(tile), origin = x.get(tile);
+      BMTARD_UNROLL
+      for (int i = 0; i < Shape::kWidth; ++i) {
+        if (class_of<Shape>(tile, i, group.lane, packed) >= size) continue;
+        const R value = value_of(values.value[i], gradient.value[i], origin.value[i]);
+        sum[0] += value * value;
+      }
+    });
+    group.sum(sum);
+    return sum[0];
+  };
+  const R unit = norm_unit(sums[0]);
+  if (unit != R(1)) sums[0] = squared_norm([&](R, R gradient, R) { return unit * gradient; });
   const R step = l2_step_scale(sums[0], static_cast<R>(args.step_size));
   // Without a step the gradient may be anything; 0 * NaN shall not reach the image.
   const bool moves = step > R(0);
-  const R squared = moves ? sums[1] + step * (2 * sums[2] + step * sums[0]) : sums[1];
-  const R projection = l2_projection_scale(squared, static_cast<R>(args.epsilon));
+  const auto moved = [&](R x_adv, R gradient, R x) {
+    return (moves ? x_adv + step * (unit * gradient) : x_adv) - x;
+  };
+  R squared = moves ? sums[1] + step * (2 * sums[2] + step * sums[0]) : sums[1];
+  if (moves && (unit != R(1) || !is_finite(squared))) squared = squared_norm(moved);
+  const R distance_unit = norm_unit(squared);
+  if (distance_unit != R(1)) {
+    squared = squared_norm(
+        [&](R x_adv, R gradient, R x) { return distance_unit * moved(x_adv, gradient, x); });
+  }
+  const R projection = l2_projection_scale(squared, distance_unit, static_cast<R>(args.epsilon));
 
   const R low = static_cast<R>(args.low), high = static_cast<R>(args.high);
   for_each_tile<Shape>(size, [&](int tile) {
@@ -85,9 +112,8 @@ pgd_l2_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, bool packed, bool cac
     const Tile<Shape> gradient = grad.get(tile), origin = x.get(tile);
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) {
-      const R moved = moves ? values.value[i] + step * gradient.value[i] : values.value[i];
-      values.value[i] =
-          clamped(origin.value[i] + projection * (moved - origin.value[i]), low, high);
+      const R by = moved(values.value[i], gradient.value[i], origin.value[i]);
+      values.value[i] = clamped(origin.value[i] + projection * by, low, high);
     }
     store_tile<Shape>(out, size, tile, group.lane, packed, values);
   });

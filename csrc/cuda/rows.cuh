@@ -1,11 +1,11 @@
-// How the kernels share out the rows of a matrix among threads.
+// Which thread takes which part of a matrix.
 //
 // A group of kLanes threads (part of a warp, a warp, or the block) takes a row. The row is
-// cut into tiles of kLanes * kWidth classes, of which a thread takes kWidth: neighbours
-// that move in one 16-byte access where every row is aligned ("packed"), else every
-// kLanes-th. With kTiles > 0 the row has at most that many tiles and is kept in registers;
-// with kTiles == 0 it is read again at every pass. With kSplit the blocks of a cluster, of
-// which there may be only one, share the tiles of a row.
+// cut into tiles of kLanes * kWidth classes, and a thread takes kWidth classes of each tile.
+// If every row is aligned ("packed"), these are neighbours and move in one 16-byte access;
+// else they are every kLanes-th. With kTiles > 0 the row has at most that many tiles and stays
+// in registers; with kTiles == 0 every pass reads it again. With kSplit the blocks of a cluster
+// share the tiles of a row; the cluster may be a single block.
 #pragma once
 
 #include <climits>
@@ -118,7 +118,7 @@ struct Add {
   }
 };
 
-// Passes over a NaN in b.
+// Ignores a NaN in b.
 struct Max {
   template <typename V>
   BMTARD_DEVICE V operator()(V a, V b) const {
@@ -126,7 +126,7 @@ struct Max {
   }
 };
 
-// Reductions over a block. Every thread gets the same bits, in an order that is fixed.
+// Reductions over a block, in a fixed order. Every thread gets the same bits.
 template <int threads>
 class Block {
  public:
@@ -140,7 +140,7 @@ class Block {
         values[i] = combine(values[i], simt::shuffle_xor(simt::kFullWarp, values[i], distance));
       }
     }
-    // Two buffers by turns, so that a barrier lies between two uses of one.
+    // Two buffers take turns, so that a barrier lies between two uses of the same one.
     BMTARD_SHARED(V, scratch, 2 * kWarps * n);
     turn_ ^= 1;
     const int base = turn_ * kWarps * n;
@@ -188,7 +188,7 @@ class Group {
     return lane == 0;
   }
 
-  // Comes after the last reduction: others may still read from this block.
+  // Call it after the last reduction. It waits for the blocks that still read from this one.
   BMTARD_DEVICE void leave() const {
     if constexpr (Shape::kSplit) {
       if (simt::cluster_blocks() > 1) simt::cluster_barrier();
@@ -232,7 +232,7 @@ class Group {
  private:
   template <typename V, int n, typename Combine>
   BMTARD_DEVICE void reduce_over_cluster(V (&values)[n], Combine combine) {
-    // Two buffers by turns, as in Block.
+    // Two buffers take turns, as in Block.
     BMTARD_SHARED(V, scratch, 2 * n);
     turn_ ^= 1;
     if (simt::thread_id() == 0) {
@@ -373,11 +373,11 @@ class Row<Shape, false> {
   bool packed_;
 };
 
-// Where a row of shared memory comes from.
+// What a CachedRow does: read global memory; copy the row to shared memory; use that copy.
 enum class Cache { kNone, kFill, kFilled };
 
-// A streamed row that moves to shared memory on the way, or has done so. A thread reads back
-// only what it wrote itself, so no barrier is needed.
+// A streamed row that may have a copy in shared memory. A thread reads back only what it wrote
+// itself, so no barrier is needed.
 template <typename Shape>
 class CachedRow {
  public:
@@ -418,7 +418,7 @@ class CachedRow {
   simt::Shared<T> memory_;
 };
 
-// Values of shared memory that a block keeps of a row.
+// The number of values of a row that a block keeps in shared memory.
 template <typename Shape>
 BMTARD_DEVICE int cached_values(int classes) {
   return tiles_of<Shape>(classes, Shape::kSplit ? simt::cluster_blocks() : 1) * Shape::kSpan;
@@ -433,19 +433,19 @@ size_t cache_bytes(int64_t classes, int64_t rows, int blocks = 1) {
   return static_cast<size_t>(rows * tiles * Shape::kSpan) * sizeof(typename Shape::Type);
 }
 
-// Whether a block can have so much beside what the kernels declare themselves.
+// Whether a block can have so much shared memory, beside the arrays that kernels declare.
 inline bool fits_in_shared(size_t bytes) {
   constexpr size_t kOthers = 8 * 1024;
   return bytes + kOthers <= simt::max_shared_bytes();
 }
 
-// How a launch goes about Large rows.
+// How a launch treats Large rows.
 struct RowPlan {
   int split = 1;     // blocks that share a row
   size_t cache = 0;  // bytes of shared memory a block, for rows that are read again
 };
 
-// For `groups` groups, each of which keeps `kept` rows of shared memory if that can be.
+// For `groups` groups. Each keeps `kept` rows in shared memory if they fit.
 template <typename Shape>
 RowPlan plan_rows(int64_t groups, int64_t classes, int kept) {
   constexpr size_t kWorthwhile = 96 * 1024;  // more would leave a multiprocessor idle
@@ -500,8 +500,8 @@ struct Ignore {
   BMTARD_DEVICE void operator()(R) const {}
 };
 
-// The sums of u = (z - max) / temperature over a row whose maximum is known. Here and
-// below each thread shows its values to `observe` on the way.
+// The sums of u = (z - max) / temperature over a row whose maximum is known. Here and below,
+// each thread passes its values to `observe`.
 template <typename Sums, typename Shape, typename RowType, typename R, typename Observe = Ignore>
 BMTARD_DEVICE Sums sums_below(const RowType& row, int classes, R max, R inverse_temperature,
                               Group<Shape>& group, Observe observe = {}) {
@@ -518,8 +518,8 @@ BMTARD_DEVICE Sums sums_below(const RowType& row, int classes, R max, R inverse_
   return sums;
 }
 
-// The same sums and the maximum, from one look at a row that is not in registers: each
-// thread keeps its sums relative to the maximum of what it has seen.
+// The same sums and the maximum, in one pass over a row that is not in registers: each thread
+// keeps its sums relative to the largest value so far.
 template <typename Sums, typename Shape, typename RowType, typename R, typename Observe = Ignore>
 BMTARD_DEVICE Sums online_sums(const RowType& row, int classes, R inverse_temperature,
                                Group<Shape>& group, R& max, Observe observe = {}) {
@@ -535,7 +535,7 @@ BMTARD_DEVICE Sums online_sums(const RowType& row, int classes, R inverse_temper
       sums = shifted(sums, (seen - top) * inverse_temperature);
       seen = top;
     }
-    // While all were masked, -inf - 0 keeps them so.
+    // As long as all values are masked, -inf - 0 keeps them masked.
     const R base = seen == kNothing ? R(0) : seen;
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) {

@@ -1,4 +1,4 @@
-// Multiplies gradients that were computed before the gradient of their loss was known.
+// Multiplies gradients by the gradient of their loss, which became known after them.
 #include "rows.cuh"
 
 namespace bmtard {

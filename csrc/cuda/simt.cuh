@@ -1,6 +1,5 @@
-// What the kernels ask of the machine. The only file that names CUDA's own functions:
-// kernels and launchers are written against it, and tests/simt puts another
-// implementation in its place that runs the same text on the CPU.
+// The primitives of the kernels and launchers. No other file names CUDA's own functions.
+// tests/simt implements the same primitives on the CPU, and compiles the same kernels.
 #pragma once
 
 #include <cstddef>
@@ -61,7 +60,7 @@ struct Grid {
 #define BMTARD_UNROLL _Pragma("unroll")
 #define BMTARD_ROLLED _Pragma("unroll 1")
 
-// Declares an array shared by the block; it is reached through simt::Shared.
+// Declares an array shared by the block. simt::Shared reads and writes it.
 #define BMTARD_SHARED(T, name, count)   \
   __shared__ T name##_storage[(count)]; \
   const ::bmtard::simt::Shared<T> name { name##_storage }
@@ -75,7 +74,7 @@ struct Shared {
   T* data;
 
   BMTARD_DEVICE T get(int i) const { return data[i]; }
-  // As written by block `rank` of the cluster before the last cluster_barrier().
+  // What block `rank` of the cluster wrote before the last cluster_barrier().
   BMTARD_DEVICE T get_from(int rank, int i) const {
 #if __CUDA_ARCH__ >= 900
     return *static_cast<const T*>(__cluster_map_shared_rank(data + i, rank));
@@ -138,7 +137,7 @@ BMTARD_DEVICE void cluster_barrier() {
 #endif
 }
 
-// Of a cooperative launch. What was stored before it is seen by every block after it.
+// For a cooperative launch. After it, every block sees what any block stored before it.
 BMTARD_DEVICE void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
 // The value of the lane whose number differs in the bits of `distance`. All lanes of
@@ -171,7 +170,7 @@ BMTARD_DEVICE Pack<T, n> load_pack(const T* from) {
 
 template <int n, typename T>
 BMTARD_DEVICE void store_pack(T* to, const Pack<T, n>& pack) {
-  // In PTX: nvcc takes a store of a struct apart and, in a large kernel, leaves the parts apart.
+  // In PTX, because nvcc splits the store of a struct, and may leave it split in a large kernel.
   const size_t address = __cvta_generic_to_global(to);
   if constexpr (sizeof(pack) == 16) {
     uint4 bits;
@@ -229,8 +228,8 @@ inline size_t max_shared_bytes() {
   return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
-// Blocks that a cluster can have on every device that has clusters; 1 without. Code for
-// older architectures knows nothing of them, so it counts what was compiled.
+// The number of blocks that a cluster can have on every device with clusters, else 1. It is 1 too
+// if the code was compiled for an older architecture.
 inline int max_cluster() {
   constexpr int kPortable = 8;
   constexpr int kFirst = 900;
@@ -284,7 +283,7 @@ int launch(void (*kernel)(Parameters...), const Grid& grid, void* stream,
     }
     error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
   }
-  // It is reported here; nobody else shall find it as the last error.
+  // Clears the error that is reported here, so that no later call reports it again.
   if (error != cudaSuccess) (void)cudaGetLastError();
   return error;
 }

@@ -26,7 +26,7 @@ softmax_entropy_kernel(const BMTARD_GRID_CONSTANT SoftmaxEntropyArgs args, bool 
   const int64_t row = group.number(group.block_id());
   if (row >= args.rows) return;
   const int classes = static_cast<int>(args.classes);
-  const R inverse = 1 / temperature_of<R>(args, row);
+  const R inverse = inverse_temperature(temperature_of<R>(args, row));
   const Row<Shape> logits(row_of<T>(args.logits, row), classes, group.lane, packed);
   R max;
   const auto sums = softmax_sums<EntropySums<R>, Shape>(logits, classes, inverse, group, max);
@@ -52,7 +52,7 @@ softmax_entropy_backward_kernel(const BMTARD_GRID_CONSTANT SoftmaxEntropyBackwar
   const int64_t row = group.number(group.block_id());
   if (row >= args.rows) return;
   const int classes = static_cast<int>(args.classes);
-  const R inverse = 1 / temperature_of<R>(args, row);
+  const R inverse = inverse_temperature(temperature_of<R>(args, row));
   const R entropy = at<R>(args.entropy, row);
   const R max = at<R>(args.statistics, row);
   const R log_sum = at<R>(args.statistics, args.rows + row);

@@ -11,8 +11,9 @@
 #include <optional>
 #include <string>
 #include <variant>
+#include <vector>
 
-#include "kernels.h"
+#include "arguments.h"
 #include "probes.h"
 #include "simt.cuh"
 
@@ -32,63 +33,46 @@ DataType dtype_of(const Array& array) {
   throw py::type_error("logits must be float64, float32, float16 or uint16 (bfloat16)");
 }
 
-Matrix matrix_of(const Array& array) {
+Logits logits_of(const Array& array) {
   if (array.ndim() != 2) throw py::value_error("a matrix must have two dimensions");
   if (array.shape(1) > 1 && array.strides(1) != array.itemsize()) {
     throw py::value_error("the classes of a row must lie next to each other");
   }
-  return {array.data(), array.strides(0) / array.itemsize()};
+  return {dtype_of(array),
+          array.shape(0),
+          array.shape(1),
+          {array.data(), array.strides(0) / array.itemsize()}};
 }
 
 // The address of an output. NumPy's own flag says whether it may be written.
 void* out(Array array) { return array.mutable_data(); }
 void* out(Optional array) { return array ? array->mutable_data() : nullptr; }
-const void* in(const Optional& array) { return array ? array->data() : nullptr; }
 
-int64_t stride_of(const Array& array) { return array.ndim() == 0 ? 0 : 1; }
-int64_t stride_of(const Optional& array) { return array ? stride_of(*array) : 0; }
-
-template <typename Args>
-void set_shape(Args& args, const Array& logits) {
-  args.dtype = dtype_of(logits);
-  args.rows = logits.shape(0);
-  args.classes = logits.shape(1);
-}
+Values values_of(const Array& array) { return {array.data(), array.ndim() == 0 ? 0 : 1}; }
+Values values_of(const Optional& array) { return array ? values_of(*array) : Values{}; }
 
 template <typename Args>
-void set_matrices(Args& args, const std::vector<Array>& students,
-                  const std::vector<Array>& teachers) {
-  if (students.size() != teachers.size() || students.size() > kMaxTeachers) {
+void set_pairs(Args& args, const std::vector<Array>& students, const std::vector<Array>& teachers) {
+  if (students.size() != teachers.size() || students.empty() || students.size() > kMaxTeachers) {
     throw py::value_error("as many students as teachers, at most 16");
   }
-  set_shape(args, students.at(0));
-  args.teachers = static_cast<int32_t>(students.size());
-  for (size_t k = 0; k < students.size(); ++k) {
-    args.student[k] = matrix_of(students[k]);
-    args.teacher[k] = matrix_of(teachers[k]);
-  }
+  std::vector<Logits> pairs[2];
+  for (const Array& array : students) pairs[0].push_back(logits_of(array));
+  for (const Array& array : teachers) pairs[1].push_back(logits_of(array));
+  bmtard::set_pairs(args, pairs[0], pairs[1]);
 }
 
 // A temperature: one value, or an array.
-using Temperature = std::variant<double, Array>;
+using OneOrMore = std::variant<double, Array>;
 
-template <typename Pointer, typename Args>
-void set_temperature(Args& args, const Temperature& temperature) {
-  if (const double* value = std::get_if<double>(&temperature)) {
-    args.temperature_value = *value;
-  } else {
-    const Array& array = std::get<Array>(temperature);
-    args.temperature = static_cast<Pointer>(array.data());
-    args.temperature_stride = stride_of(array);
-  }
+Temperature temperature_of(const OneOrMore& temperature) {
+  if (const double* value = std::get_if<double>(&temperature)) return {{}, *value};
+  return {values_of(std::get<Array>(temperature)), 0};
 }
 
 // coefficient [K, N], by any strides.
-template <typename Args>
-void set_coefficient(Args& args, const Array& coefficient) {
-  args.coefficient = coefficient.data();
-  args.coefficient_teacher_stride = coefficient.strides(0) / coefficient.itemsize();
-  args.coefficient_row_stride = coefficient.strides(1) / coefficient.itemsize();
+Coefficient coefficient_of(const Array& array) {
+  return {array.data(), array.strides(0) / array.itemsize(), array.strides(1) / array.itemsize()};
 }
 
 // Scratch memory of exactly the size asked for: it starts out as NaN, and what lies behind
@@ -127,27 +111,25 @@ void check(int error) {
   if (error != 0) throw std::runtime_error(cuda::error_string(error));
 }
 
-void softmax_entropy(Array logits, Temperature temperature, Array entropy, Optional statistics) {
+void softmax_entropy(Array logits, OneOrMore temperature, Array entropy, Optional statistics) {
   SoftmaxEntropyArgs args = {};
-  set_shape(args, logits);
-  args.logits = matrix_of(logits);
-  set_temperature<const void*>(args, temperature);
+  set_logits(args, logits_of(logits));
+  set_temperature(args, temperature_of(temperature));
   args.entropy = out(entropy);
   args.statistics = out(statistics);
   check(cuda::softmax_entropy(args, nullptr));
 }
 
-void softmax_entropy_backward(Array logits, Temperature temperature, Array entropy,
-                              Array statistics, Array grad_entropy, Optional grad_logits,
-                              Optional grad_temperature) {
+void softmax_entropy_backward(Array logits, OneOrMore temperature, Array entropy, Array statistics,
+                              Array grad_entropy, Optional grad_logits, Optional grad_temperature) {
   SoftmaxEntropyBackwardArgs args = {};
-  set_shape(args, logits);
-  args.logits = matrix_of(logits);
-  set_temperature<const void*>(args, temperature);
+  set_logits(args, logits_of(logits));
+  set_temperature(args, temperature_of(temperature));
   args.entropy = entropy.data();
   args.statistics = statistics.data();
-  args.grad_entropy = grad_entropy.data();
-  args.grad_entropy_stride = stride_of(grad_entropy);
+  const Values grad = values_of(grad_entropy);
+  args.grad_entropy = grad.data;
+  args.grad_entropy_stride = grad.stride;
   args.grad_logits = out(grad_logits);
   args.grad_temperature = out(grad_temperature);
   check(cuda::softmax_entropy_backward(args, nullptr));
@@ -158,13 +140,13 @@ void bisect_temperature(Array logits, bool per_sample, Array target_entropy, Opt
                         Array temperature, Array entropy, Array slope, Array status,
                         Array iterations) {
   BisectTemperatureArgs args = {};
-  set_shape(args, logits);
-  args.logits = matrix_of(logits);
+  set_logits(args, logits_of(logits));
   args.per_sample = per_sample;
-  args.target_entropy = target_entropy.data();
-  args.target_entropy_stride = stride_of(target_entropy);
-  args.initial = in(initial);
-  args.initial_stride = stride_of(initial);
+  const Values target = values_of(target_entropy), start = values_of(initial);
+  args.target_entropy = target.data;
+  args.target_entropy_stride = target.stride;
+  args.initial = start.data;
+  args.initial_stride = start.stride;
   args.low = low;
   args.high = high;
   args.tolerance = tolerance;
@@ -182,35 +164,35 @@ void bisect_temperature(Array logits, bool per_sample, Array target_entropy, Opt
 }
 
 void multi_teacher_kl(std::vector<Array> students, std::vector<Array> teachers,
-                      Temperature temperature, double student_temperature, double eps, Array kl,
+                      OneOrMore temperature, double student_temperature, double eps, Array kl,
                       Optional statistics, Optional coefficient,
                       std::vector<Optional> grad_students) {
   MultiTeacherKLArgs args = {};
-  set_matrices(args, students, teachers);
-  set_temperature<const double*>(args, temperature);
+  set_pairs(args, students, teachers);
+  set_temperature(args, temperature_of(temperature));
   args.student_temperature = student_temperature;
   args.eps = eps;
   args.kl = out(kl);
   args.statistics = out(statistics);
   if (coefficient) {
-    set_coefficient(args, *coefficient);
+    set_coefficient(args, coefficient_of(*coefficient));
     for (size_t k = 0; k < grad_students.size(); ++k) args.grad_student[k] = out(grad_students[k]);
   }
   check(cuda::multi_teacher_kl(args, nullptr));
 }
 
 void multi_teacher_kl_backward(std::vector<Array> students, std::vector<Array> teachers,
-                               Temperature temperature, double student_temperature, double eps,
+                               OneOrMore temperature, double student_temperature, double eps,
                                Array statistics, Array coefficient, bool student_shared,
                                bool teacher_shared, std::vector<Optional> grad_students,
                                std::vector<Optional> grad_teachers, Optional grad_temperature) {
   MultiTeacherKLBackwardArgs args = {};
-  set_matrices(args, students, teachers);
-  set_temperature<const double*>(args, temperature);
+  set_pairs(args, students, teachers);
+  set_temperature(args, temperature_of(temperature));
   args.student_temperature = student_temperature;
   args.eps = eps;
   args.statistics = statistics.data();
-  set_coefficient(args, coefficient);
+  set_coefficient(args, coefficient_of(coefficient));
   args.student_shared = student_shared;
   args.teacher_shared = teacher_shared;
   for (size_t k = 0; k < grad_students.size(); ++k) args.grad_student[k] = out(grad_students[k]);
@@ -227,7 +209,7 @@ void bmtard_loss(std::vector<Array> students, std::vector<Array> teachers,
                  std::optional<double> gradient_scale, int max_iterations, Array loss,
                  std::vector<Optional> grad_students) {
   BMTARDLossArgs args = {};
-  set_matrices(args, students, teachers);
+  set_pairs(args, students, teachers);
   args.state.temperatures = static_cast<double*>(out(state.at("temperatures")));
   args.state.weights = static_cast<double*>(out(state.at("weights")));
   args.state.initial_losses = static_cast<double*>(out(state.at("initial_losses")));

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,14 @@ MUTANTS = harness.ROOT / "build" / "mutants"
 # Ends a test that hangs, and decides no verdict: whatever runs out of it has failed. The machine
 # itself reports threads that wait for ever.
 HANG_SECONDS = 3600
+
+# How a test says what went wrong.
+WRONG = "Not equal to tolerance|Arrays are not equal"
+RACE = "race: "
+GLOBAL_RACE = "race in global memory"
+UNWRITTEN = "before it is written|that its block has not touched"
+LEFT = "of a block that threads have left|leaves while others wait"
+OUTSIDE = "a kernel wrote (past|before) an output"
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,17 @@ class Mutant:
     @property
     def source(self) -> str:
         return self.unit or self.file
+
+
+def mutants_of(file: str, unit: str = "") -> Callable[..., Mutant]:
+    """A short form of :class:`Mutant` for the mutants of one file."""
+
+    def mutant(
+        name: str, old: str, new: str, tests: str, caught: str, *, unit: str = unit, count: int = 1
+    ) -> Mutant:
+        return Mutant(name, file, old, new, tests, caught, unit, count)
+
+    return mutant
 
 
 class Drift(AssertionError):

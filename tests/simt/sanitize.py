@@ -28,9 +28,9 @@ def build() -> Path:
     return FOLDER
 
 
-def environment() -> dict[str, str]:
-    """What a Python that imports the module needs to be started with."""
-    entries = json.loads((FOLDER / "compile_commands.json").read_text())
+def environment(folder: Path = FOLDER) -> dict[str, str]:
+    """What a Python that loads what was built in ``folder`` needs to be started with."""
+    entries = json.loads((folder / "compile_commands.json").read_text())
     compiler = shlex.split(entries[0]["command"])[0]
     runtimes = []
     for library in ("libasan.so", "libstdc++.so.6"):  # the second throws the exceptions it watches

@@ -238,3 +238,20 @@ def test_the_mean_of_equal_rows(dtype):
         many = search(logits, 1.5, dtype, per_sample=False)
         for got, want in zip(many, one, strict=True):
             np.testing.assert_allclose(got, want, rtol=rtol)
+
+
+@pytest.mark.parametrize("method", [0, 1])
+@pytest.mark.parametrize("per_sample", [True, False])
+@pytest.mark.parametrize("initial", [None, 1e30])
+def test_a_variance_that_underflows_is_not_taken_for_equal_logits(initial, per_sample, method):
+    dtype = "float32"
+    z = h.draw(3, 5, 10, dtype)
+    z[:, 2] = -np.inf
+    target = np.ones(5 if per_sample else (), np.float32)
+    start = None if initial is None else np.full_like(target, initial)
+    wide = {"low": 1e-36, "high": 1e36, "max_iterations": 200, "method": method, "initial": start}
+    _, entropy, _, status, _ = search(
+        h.place(z, dtype), target, dtype, per_sample=per_sample, **wide
+    )
+    assert (status == CONVERGED).all()
+    np.testing.assert_allclose(entropy, 1.0, atol=2e-6)

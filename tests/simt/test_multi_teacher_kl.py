@@ -296,3 +296,61 @@ def test_every_schedule_gives_the_same_bits(c):
         results.append(np.concatenate([x.ravel() for x in parts]))
     for other in results[1:]:
         np.testing.assert_array_equal(results[0], other)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("c", [2, 10, 100, 1025, 3000])
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_logits_further_apart_than_the_largest_number(c, dtype, eps):
+    """Their differences overflow, the KL does not."""
+    kind = {"float64": 1e307, "float32": 2e38, "bfloat16": 2e38}[dtype]
+    s = h.rounded(np.full((3, c), -kind), dtype)
+    s[0, 0] = -s[0, 0]
+    s[1] = h.rounded(np.linspace(-kind / 2, kind / 2, c), dtype)
+    s[2, 1] = -s[2, 1]
+    if dtype == "float64":
+        s *= 16
+    t = np.full((3, c), -np.inf)  # uniform over two classes
+    t[:, :2] = 0
+    students, teachers = [h.place(s, dtype)], [h.place(t, dtype)]
+    kl, statistics = forward(students, teachers, 1.0, dtype, eps)
+    small = s * 2.0**-10
+    want = (small.max(-1) - small[:, :2].mean(-1)) / STUDENT_TEMPERATURE * 2.0**10
+    h.assert_close(kl[0], want, h.computed(dtype))
+    h.assert_close(statistics[4, 0], want, h.computed(dtype))
+
+
+@pytest.mark.parametrize("c", [10, 1025])
+def test_rows_without_weight_have_no_gradient(c):
+    """Whatever they hold; with the backward pass, of shared rows too, and with the forward pass."""
+    dtype, n, k = "float32", 4, 2
+    s = [h.draw(i, n, c, dtype) for i in range(k)]
+    t = [h.draw(9 + i, n, c, dtype) for i in range(k)]
+    s[0][1, 3] = t[1][2, 0] = np.nan
+    coefficient = np.ones((k, n), np.float32)
+    coefficient[:, 1:3] = 0
+    temperature = np.array([2.0, 3.0])
+    for shared in (False, True):
+        students = [h.place(x, dtype) for x in ([s[0], s[0]] if shared else s)]
+        teachers = [h.place(x, dtype) for x in t]
+        _, statistics = forward(students, teachers, temperature, dtype, 0.0)
+        by_student, by_teacher, by_temperature = backward(
+            students, teachers, temperature, dtype, 0.0, statistics, coefficient,
+            student_shared=shared,
+        )  # fmt: skip
+        for gradient in [x for x in by_student + by_teacher if x is not None]:
+            np.testing.assert_array_equal(gradient[1:3], 0)
+            assert np.isfinite(gradient).all()
+            assert (gradient[[0, 3]] != 0).any()
+        np.testing.assert_array_equal(by_temperature[:, 1:3], 0)
+    out = h.Outputs()
+    gradients = [out.new((n, c), dtype) for _ in range(k)]
+    students = [h.place(x, dtype) for x in s]
+    forward(
+        students, teachers, temperature, dtype, 0.0,
+        coefficient=coefficient, grad_students=gradients,
+    )  # fmt: skip
+    out.check()
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient[1:3], 0)
+        assert np.isfinite(gradient).all()

@@ -98,3 +98,51 @@ def test_l2_projects_without_a_direction(dtype):
     delta = x_adv - x
     want = x + delta * 0.1 / np.linalg.norm(delta, axis=-1, keepdims=True)
     h.assert_close(got, want, dtype, ulp=4)
+
+
+WIDE = {"low": -np.inf, "high": np.inf, "l2": True}
+
+
+@pytest.mark.parametrize("dtype", h.DTYPES)
+def test_linf_around_nan(dtype):
+    x_adv, grad, x = draw(5, 3, 37, dtype)
+    x[0, 0] = x[1, 20] = x[2, 36] = np.nan
+    got = step(x_adv, grad, x, dtype, step_size=0.1, epsilon=0.2, low=0.0, high=1.0, l2=False)
+    assert (np.isnan(got) == np.isnan(x)).all()
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [(1e-44, "float32"), (1e-30, "float32"), (1e30, "float32"), (1e38, "float32"),
+     (1e-300, "float64"), (1e300, "float64"), (1e30, "bfloat16")],
+)  # fmt: skip
+def test_l2_step_along_any_gradient(scale, dtype):
+    """Whose squares under- and overflow."""
+    for n, d in [(3, 10), (2, 3072)]:
+        x_adv, grad, x = draw(6, n, d, dtype)
+        grad = h.rounded(np.clip(grad, -2, 2) * scale, dtype)
+        got = step(x_adv, grad, x, dtype, step_size=0.5, epsilon=0.4, **WIDE)
+        direction = grad / np.abs(grad).max(-1, keepdims=True)
+        direction /= np.linalg.norm(direction, axis=-1, keepdims=True)
+        delta = x_adv + 0.5 * direction - x
+        length = np.linalg.norm(delta, axis=-1, keepdims=True)
+        want = x + delta * np.minimum(1, 0.4 / length)
+        h.assert_close(got, want, dtype)
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(1e-30, "float32"), (1e25, "float32"), (1e200, "float64")]
+)
+def test_l2_projects_any_perturbation(scale, dtype):
+    rng = np.random.default_rng(7)
+    for d in (10, 3072):
+        x_adv = h.rounded(scale * rng.standard_normal((2, d)), dtype)
+        zero = np.zeros_like(x_adv)
+        for grad in (zero, h.rounded(rng.standard_normal((2, d)), dtype)):
+            moves = bool(grad.any())
+            length = np.linalg.norm(grad, axis=-1, keepdims=True) if moves else 1
+            unit = x_adv / scale + grad / length
+            settings = {"step_size": scale, "epsilon": 0.5 * scale}
+            got = step(x_adv, grad, zero, dtype, **settings, **WIDE)
+            want = 0.5 * unit / np.linalg.norm(unit, axis=-1, keepdims=True)
+            h.assert_close(got / scale, want, dtype)

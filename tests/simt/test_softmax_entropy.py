@@ -137,3 +137,15 @@ def test_every_schedule_gives_the_same_bits(c):
         results.append(np.concatenate([x.ravel() for x in forward(logits, 1.5, "float32")]))
     for other in results[1:]:
         np.testing.assert_array_equal(results[0], other)
+
+
+def test_temperatures_out_of_range():
+    temperature = np.array([9e-37, 1e-36, 1, 1e36, 1.1e36, 0, -1, np.inf, np.nan], np.float32)
+    logits = h.place(h.draw(0, len(temperature), 10, "float32"), "float32")
+    out = h.Outputs()
+    entropy = out.new((len(temperature),), np.float32)
+    h.simt().softmax_entropy(
+        logits=logits, temperature=temperature, entropy=entropy, statistics=None
+    )
+    out.check()
+    assert np.isnan(entropy).tolist() == [True, False, False, False] + 5 * [True]

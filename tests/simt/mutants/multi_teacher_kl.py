@@ -1,0 +1,186 @@
+"""Faults of multi_teacher_kl."""
+
+from __future__ import annotations
+
+from ..mutation import GLOBAL_RACE, OUTSIDE, WRONG, Mutant, mutants_of
+
+KL = "test_multi_teacher_kl.py::test_forward_and_backward[{}]"
+KL_FAR = "test_multi_teacher_kl.py::test_logits_further_apart_than_the_largest_number[{}]"
+KL_WITHOUT_WEIGHT = "test_multi_teacher_kl.py::test_rows_without_weight_have_no_gradient[{}]"
+KL_MASKED = "test_multi_teacher_kl.py::test_masked_and_non_finite_rows[{}]"
+KL_SHARED = "test_multi_teacher_kl.py::test_shared_student_or_teacher[{}]"
+KL_GRADIENTS = "test_multi_teacher_kl.py::test_gradients_with_the_forward_pass[{}]"
+
+mutant = mutants_of("cuda/multi_teacher_kl.cu")
+
+MUTANTS = [
+    Mutant(
+        "kl-of-far-logits",
+        "cuda/kl_row.cuh",
+        "if (found.kl > std::numeric_limits<R>::max()) {",
+        "if (false) {",
+        KL_FAR.format("0.0-10-float32"),
+        WRONG,
+        unit="cuda/multi_teacher_kl.cu",
+    ),
+    Mutant(
+        "kl-center-of-far-logits",
+        "cuda/kl_row.cuh",
+        "  found.center = eps > R(0) ? found.kl + sums[2] : found.kl;\n",
+        "",
+        KL_FAR.format("1e-05-1025-float32"),
+        WRONG,
+        unit="cuda/multi_teacher_kl.cu",
+    ),
+    mutant(
+        "kl-gradient-of-a-row-without-weight",
+        "    if (coefficient == R(0)) return;  // the row may hold NaN\n",
+        "",
+        KL_WITHOUT_WEIGHT.format("10"),
+        "nan",
+    ),
+    mutant(
+        "forward-gradient-of-a-row-without-weight",
+        "by_logit == R(0) ? R(0) : by_logit * difference;",
+        "by_logit * difference;",
+        KL_WITHOUT_WEIGHT.format("1025"),
+        "nan",
+    ),
+    Mutant(
+        "nothing-times-infinity",
+        "core/multi_teacher_kl.h",
+        "return select(p > T(0), p * value, p);",
+        "return p * value;",
+        KL_MASKED.format("0.0-10-float32"),
+        WRONG,
+        unit="cuda/multi_teacher_kl.cu",
+    ),
+    mutant(
+        "kl-past-the-last-row",
+        "if (n >= args.rows) return;",
+        "if (false) return;",
+        KL.format("0.0-10-float32"),
+        f"{OUTSIDE}|{WRONG}|{GLOBAL_RACE}",
+        count=2,
+    ),
+    mutant(
+        "kl-rows-of-the-next-teacher",
+        "group.number(group.block_id() % blocks_a_teacher);",
+        "group.number(group.block_id());",
+        KL.format("0.0-10-float32"),
+        WRONG,
+        count=2,
+    ),
+    mutant(
+        "kl-one-cache-for-two-rows",
+        "place * cached_values<Shape>(classes),",
+        "0 * place,",
+        KL.format("1e-05-1025-bfloat16"),
+        WRONG,
+    ),
+    mutant(
+        "kl-cache-for-one-row",
+        "twice ? 2 : 0);",
+        "twice ? 1 : 0);",
+        KL.format("1e-05-1025-bfloat16"),
+        "of a shared array of",
+    ),
+    mutant(
+        "kl-packed-whatever-the-teacher",
+        "packed && packable(args.dtype, args.student[k]) && packable(args.dtype, args.teacher[k]);",
+        "packed && packable(args.dtype, args.student[k]);",
+        "test_layouts.py::test_multi_teacher_kl[False-strided-3-1102-float32]",
+        "misaligned",
+    ),
+    mutant(
+        "kl-packed-whatever-the-gradient",
+        "packed = packed && packable(args.dtype, gradient, args.classes);",
+        "",
+        "test_layouts.py::test_multi_teacher_kl[False-strided-None-10-float32]",
+        "misaligned",
+    ),
+    mutant(
+        "kl-gradient-of-the-last-teacher",
+        "          if (to) store_tile<Streamed>(to, classes, tile, group.lane, packed, grad_s);\n"
+        "          grad_s = {};",
+        "          if (to) store_tile<Streamed>(to, classes, tile, group.lane, packed, grad_s);",
+        KL_SHARED.format("0-shared1-10-float32"),
+        WRONG,
+    ),
+    mutant(
+        "kl-shared-gradient-too-early",
+        "const bool last = k + 1 == args.teachers;",
+        "const bool last = true;",
+        KL_SHARED.format("0-shared0-10-float32"),
+        WRONG,
+    ),
+    mutant(
+        "kl-temperature-without-a-guard",
+        "by_temperature += probability > R(0) ? by_scaled * p.scaled(teacher) : by_scaled;",
+        "by_temperature += by_scaled * p.scaled(teacher);",
+        KL_MASKED.format("0.0-10-float32"),
+        WRONG,
+    ),
+    mutant(
+        "kl-coefficient-strides-swapped",
+        "k * args.coefficient_teacher_stride + n * args.coefficient_row_stride",
+        "n * args.coefficient_teacher_stride + k * args.coefficient_row_stride",
+        KL.format("0.0-10-float32"),
+        WRONG,
+    ),
+    mutant(
+        "forward-coefficient-of-another-teacher",
+        "k * args.coefficient_teacher_stride +\n",
+        "n + k * 0 * args.coefficient_teacher_stride +\n",
+        KL_GRADIENTS.format("0.0-33-float32"),
+        WRONG,
+    ),
+    mutant(
+        "forward-gradient-of-another-row",
+        "static_cast<T*>(args.grad_student[k]) + n * args.classes;",
+        "static_cast<T*>(args.grad_student[k]) + (n ^ 1) * args.classes;",
+        KL_GRADIENTS.format("0.0-33-float32"),
+        f"{WRONG}|{GLOBAL_RACE}|{OUTSIDE}",
+    ),
+    mutant(
+        "forward-gradient-not-asked-for-alignment",
+        "packed = packed && packable(args.dtype, args.grad_student[k], args.classes);",
+        "",
+        "test_multi_teacher_kl.py::test_an_unaligned_gradient_with_the_forward_pass",
+        "misaligned",
+    ),
+    mutant(
+        "forward-without-student-temperature",
+        "found.q.inverse_temperature;",
+        "R(1);",
+        KL_GRADIENTS.format("0.0-33-float32"),
+        WRONG,
+    ),
+    Mutant(
+        "kl-online-maxima-of-one-thread",
+        "cuda/kl_row.cuh",
+        "  group.reduce(maxima, Max{});\n",
+        "",
+        KL.format("0.0-1025-float32"),
+        WRONG,
+        unit="cuda/multi_teacher_kl.cu",
+    ),
+    Mutant(
+        "kl-online-nothing-seen-yet",
+        "cuda/kl_row.cuh",
+        "student_max == new_student_max ? R(0) : (student_max",
+        "(student_max",
+        "test_multi_teacher_kl.py::test_a_part_of_a_row_is_masked[3000-float32]",
+        "array.*nan, nan",
+        unit="cuda/multi_teacher_kl.cu",
+    ),
+    Mutant(
+        "kl-online-infinite-without-weight",
+        "cuda/kl_row.cuh",
+        "difference = weight == R(0) ? R(0) : scale",
+        "difference = scale",
+        KL.format("0.0-1025-float32") + " " + KL_MASKED.format("0.0-1100-float32"),
+        WRONG,
+        unit="cuda/multi_teacher_kl.cu",
+    ),
+]

@@ -1,0 +1,296 @@
+"""Faults of rows.cuh: how threads share rows, and the sums over a row."""
+
+from __future__ import annotations
+
+from ..mutation import GLOBAL_RACE, OUTSIDE, RACE, WRONG, mutants_of
+from .bisect_temperature import BISECT
+from .multi_teacher_kl import KL
+from .pgd_step import LINF
+from .softmax_entropy import ENTROPY, ENTROPY_MASKED
+
+ROWS_FAR_APART = "test_layouts.py::test_rows_far_apart[{}]"
+
+mutant = mutants_of("cuda/rows.cuh", unit="cuda/softmax_entropy.cu")
+
+MUTANTS = [
+    mutant(
+        "block-barrier",
+        "    simt::block_barrier();\n    BMTARD_UNROLL\n    for (int i = 0; i < n; ++i) {\n"
+        "      values[i] = scratch",
+        "    BMTARD_UNROLL\n    for (int i = 0; i < n; ++i) {\n      values[i] = scratch",
+        ENTROPY.format("1025-float32"),
+        f"{RACE}|before it is written",
+    ),
+    mutant(
+        "scratch-by-turns",
+        "turn_ ^= 1;\n    const int base",
+        "const int base",
+        BISECT.format("0-1025-float32"),
+        RACE,
+        unit="cuda/bisect_temperature.cu",
+    ),
+    mutant(
+        "scratch-half-as-large",
+        "scratch, 2 * kWarps * n",
+        "scratch, kWarps * n",
+        ENTROPY.format("1025-float32"),
+        "of a shared array of",
+    ),
+    mutant(
+        "scratch-index",
+        "thread / simt::kWarp * n + i, values",
+        "thread / simt::kWarp + i, values",
+        ENTROPY.format("1025-float32"),
+        f"{RACE}|before it is written|{WRONG}",
+    ),
+    mutant(
+        "scratch-writer",
+        "if (thread % simt::kWarp == 0) {",
+        "{",
+        ENTROPY.format("1025-float32"),
+        RACE,
+    ),
+    mutant(
+        "block-drops-a-warp",
+        "warp < kWarps;",
+        "warp < kWarps - 1;",
+        ENTROPY.format("1025-float32"),
+        WRONG,
+    ),
+    mutant(
+        "block-shuffle-distance",
+        "int distance = simt::kWarp / 2;",
+        "int distance = simt::kWarp / 4;",
+        ENTROPY.format("1025-float32"),
+        WRONG,
+    ),
+    mutant(
+        "block-shuffle-mask",
+        "simt::shuffle_xor(simt::kFullWarp, values",
+        "simt::shuffle_xor(simt::kFullWarp >> 1, values",
+        ENTROPY.format("1025-float32"),
+        "leaves (it )?out",
+    ),
+    mutant(
+        "group-shuffle-distance",
+        "int distance = Shape::kLanes / 2;",
+        "int distance = Shape::kLanes / 4;",
+        ENTROPY.format("10-float32"),
+        WRONG,
+    ),
+    mutant(
+        "group-shuffle-ends-early",
+        "Shape::kLanes / 2; distance > 0;",
+        "Shape::kLanes / 2; distance > 1;",
+        ENTROPY.format("33-float64"),
+        WRONG,
+    ),
+    mutant(
+        "group-shuffle-too-far",
+        "int distance = Shape::kLanes / 2;",
+        "int distance = Shape::kLanes;",
+        ENTROPY.format("10-float32"),
+        "which the mask leaves out",
+    ),
+    mutant(
+        "group-mask-of-the-first",
+        "(simt::kWarp - Shape::kLanes)) << first;",
+        "(simt::kWarp - Shape::kLanes));",
+        ENTROPY.format("10-float32"),
+        "leaves (it )?out",
+    ),
+    mutant(
+        "group-mask-of-the-warp",
+        "(simt::kFullWarp >> (simt::kWarp - Shape::kLanes)) << first;",
+        "simt::kFullWarp;",
+        ENTROPY.format("10-float32"),
+        "waits for it|a lane that has left|elsewhere|another collective|deadlock",
+    ),
+    mutant(
+        "maximum-or-minimum",
+        "return b > a ? b : a;",
+        "return b < a ? b : a;",
+        ENTROPY.format("10-float32"),
+        WRONG,
+    ),
+    mutant(
+        "load-tail",
+        "j < classes ? simt::widen(simt::load(row + j)) : -std::numeric_limits<R>::infinity();",
+        "simt::widen(simt::load(row + j));",
+        ENTROPY.format("10-float32"),
+        WRONG,
+    ),
+    mutant(
+        "load-tail-by-one",
+        "          j < classes ? simt::widen",
+        "          j <= classes ? simt::widen",
+        ENTROPY.format("10-float32"),
+        WRONG,
+    ),
+    mutant(
+        "store-tail",
+        "if (j < classes) simt::store",
+        "simt::store",
+        ENTROPY.format("10-float32"),
+        f"{OUTSIDE}|{WRONG}|{GLOBAL_RACE}",
+    ),
+    mutant(
+        "store-tail-by-one",
+        "if (j < classes) simt::store",
+        "if (j <= classes) simt::store",
+        ENTROPY.format("10-float32"),
+        f"{OUTSIDE}|{WRONG}|{GLOBAL_RACE}",
+    ),
+    mutant(
+        "packed-load-over-the-tail",
+        "if (packed && first + Shape::kWidth <= classes) {\n    const auto pack",
+        "if (packed && first < classes) {\n    const auto pack",
+        "test_layouts.py::test_softmax_entropy[0-aligned-10-float32]",
+        WRONG,
+    ),
+    mutant(
+        "packed-store-over-the-tail",
+        "if (packed && first + Shape::kWidth <= classes) {\n    Pack",
+        "if (packed && first < classes) {\n    Pack",
+        # Only where the last tile of all is a part of one can a packed store go too far.
+        LINF.format("0-(3, 10)-float32"),
+        OUTSIDE,
+        unit="cuda/pgd_step.cu",
+    ),
+    mutant(
+        "resident-tail-tile",
+        "if (tile * Shape::kSpan < classes) visit(tile);",
+        "if ((tile + 1) * Shape::kSpan <= classes) visit(tile);",
+        ENTROPY.format("100-float32"),
+        WRONG,
+    ),
+    mutant(
+        "streamed-tail-tile",
+        "return ((classes + Shape::kSpan - 1) / Shape::kSpan",
+        "return (classes / Shape::kSpan",
+        ENTROPY.format("1025-float32"),
+        WRONG,
+    ),
+    mutant(
+        "small-up-to-33",
+        "classes <= Small::kMaxClasses",
+        "classes <= Small::kMaxClasses + 1",
+        ENTROPY.format("33-float32"),
+        WRONG,
+    ),
+    mutant(
+        "medium-up-to-1025",
+        "classes <= Medium::kMaxClasses",
+        "classes <= Medium::kMaxClasses + 1",
+        ENTROPY.format("1025-bfloat16"),
+        WRONG,
+    ),
+    mutant(
+        "medium-up-to-513-doubles",
+        "classes <= Medium::kMaxClasses",
+        "classes <= Medium::kMaxClasses + 1",
+        ENTROPY.format("513-float64"),
+        WRONG,
+    ),
+    mutant(
+        "packed-whatever-the-first-row",
+        "reinterpret_cast<uintptr_t>(data) % 16 == 0 && ",
+        "",
+        "test_layouts.py::test_softmax_entropy[0-shifted-10-float32]",
+        "misaligned",
+    ),
+    mutant(
+        "packed-whatever-the-stride",
+        " && row_stride * size % 16 == 0",
+        "",
+        ENTROPY.format("10-float32"),
+        "misaligned",
+    ),
+    mutant(
+        "packed-by-8-bytes",
+        "row_stride * size % 16 == 0",
+        "row_stride * size % 8 == 0",
+        "test_layouts.py::test_softmax_entropy[0-strided-1102-bfloat16]",
+        "misaligned",
+    ),
+    mutant(
+        "packed-by-the-wrong-size",
+        "kFloat32 ? 4 : 2;",
+        "kFloat32 ? 4 : 4;",
+        "test_layouts.py::test_softmax_entropy[0-strided-1102-bfloat16]",
+        "misaligned",
+    ),
+    mutant(
+        "row-offset-of-32-bits",
+        "+ row * matrix.row_stride;",
+        "+ static_cast<int32_t>(row * matrix.row_stride);",
+        ROWS_FAR_APART.format("4294967296-10"),
+        WRONG,
+    ),
+    mutant(
+        "row-stride-of-32-bits",
+        "+ row * matrix.row_stride;",
+        "+ row * static_cast<uint32_t>(matrix.row_stride);",
+        ROWS_FAR_APART.format("4294967296-100"),
+        WRONG,
+    ),
+    mutant(
+        "row-product-of-32-bits",
+        "+ row * matrix.row_stride;",
+        "+ static_cast<uint32_t>(row * matrix.row_stride);",
+        ROWS_FAR_APART.format("4294967296-1100"),
+        WRONG,
+    ),
+    mutant(
+        "one-row-a-block",
+        "return static_cast<int64_t>(block) * Shape::kRows + number();",
+        "return static_cast<int64_t>(block) * Shape::kRows;",
+        ENTROPY.format("10-float32"),
+        GLOBAL_RACE,
+    ),
+    mutant(
+        "no-maximum-in-the-exponent",
+        "accumulate(sums, (values.value[i] - max) * inverse_temperature);",
+        "accumulate(sums, values.value[i] * inverse_temperature);",
+        "test_softmax_entropy.py::test_large_logits_keep_their_precision[32]",
+        WRONG,
+    ),
+    mutant(
+        "online-maximum-never-shifts",
+        "sums = shifted(sums, (seen - top) * inverse_temperature);",
+        "",
+        ENTROPY.format("3000-float32"),
+        WRONG,
+    ),
+    mutant(
+        "online-parts-are-not-aligned",
+        "sums = shifted(sums, (seen - max) * inverse_temperature);",
+        "",
+        ENTROPY.format("1025-float32"),
+        WRONG,
+    ),
+    mutant(
+        "masked-so-far",
+        "const R base = seen == kNothing ? R(0) : seen;",
+        "const R base = seen;",
+        ENTROPY_MASKED.format("1100-float32"),
+        WRONG,
+    ),
+    mutant(
+        "cache-without-its-tail",
+        "return tiles_of<Shape>(classes, Shape::kSplit ? simt::cluster_blocks() : 1) "
+        "* Shape::kSpan;",
+        "return classes;",
+        KL.format("1e-05-1025-bfloat16"),
+        f"{RACE}|misaligned|of a shared array of",
+        unit="cuda/multi_teacher_kl.cu",
+    ),
+    mutant(
+        "cache-of-the-first-lane",
+        "offset_(offset + lane * Shape::kWidth - first_tile",
+        "offset_(offset - first_tile",
+        KL.format("1e-05-1025-bfloat16"),
+        RACE,
+        unit="cuda/multi_teacher_kl.cu",
+    ),
+]

@@ -1,0 +1,38 @@
+"""Faults of scale."""
+
+from __future__ import annotations
+
+from ..mutation import GLOBAL_RACE, OUTSIDE, WRONG, mutants_of
+
+SCALED = "test_scale.py::test_scale[{}-float32]"
+SCALED_BY_ONE = "test_scale.py::test_a_factor_of_one_moves_nothing"
+
+mutant = mutants_of("cuda/scale.cu")
+
+MUTANTS = [
+    mutant("scale-always", "if (factor == R(1)) return;", "", SCALED_BY_ONE, "assert"),
+    mutant(
+        "scale-never", "if (factor == R(1)) return;", "return;", SCALED.format("-2.5-0-5"), WRONG
+    ),
+    mutant(
+        "scale-wrong-buffer",
+        "simt::block_id() / blocks_a_buffer",
+        "simt::block_id() % blocks_a_buffer",
+        SCALED.format("-2.5-0-4097"),
+        f"{WRONG}|{GLOBAL_RACE}|{OUTSIDE}",
+    ),
+    mutant(
+        "scale-without-tail",
+        "left < Shape::kMaxClasses ? static_cast<int>(left) : Shape::kMaxClasses",
+        "Shape::kMaxClasses",
+        SCALED.format("-2.5-0-5"),
+        f"{WRONG}|{OUTSIDE}",
+    ),
+    mutant(
+        "scale-without-alignment",
+        "packed = packed && packable(args.dtype, args.data[i], 0);",
+        "",
+        SCALED.format("-2.5-1-5"),
+        "misaligned",
+    ),
+]
