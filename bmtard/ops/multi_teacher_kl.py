@@ -156,7 +156,9 @@ def multi_teacher_kl(
             temperature,
             student_temperature=student_temperature,
             eps=eps,
-            sample_weight=None if sample_weight is None else sample_weight.view(-1, *rows_shape),
+            sample_weight=None
+            if sample_weight is None
+            else sample_weight.view(len(sample_weight), *rows_shape),
         )
         kl = _reduced(kl.reshape(count, rows), inner, first)
     else:
