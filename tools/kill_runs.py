@@ -169,7 +169,7 @@ def prepare(folder: Path) -> tuple[TrainConfig, ImageData]:
         device="cpu",
     )
     for role, method in (("clean", "natural"), ("robust", "sat")):
-        teacher = replace(config, method=method, output=folder / role)  # type: ignore[arg-type]
+        teacher = replace(config, method=method, output=folder / role)
         finish(start(teacher, data))
     config = replace(
         config,

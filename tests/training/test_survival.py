@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -60,9 +61,9 @@ def test_killed_at_every_write() -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    kills = int(run.stdout.split()[0])
-    assert kills >= 5
-    assert f"{kills} kills, 1 runs to their end, 0 problems" in run.stdout
+    kills = re.search(r"^(\d+) kills, 1 runs to their end, 0 problems$", run.stdout, re.MULTILINE)
+    assert kills is not None
+    assert int(kills[1]) >= 10  # a run from its last checkpoint to its end has more writes
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
