@@ -50,3 +50,18 @@ def test_no_gpu_is_claimed_without_a_result_of_one():
     ]
     on_gpu = [result for result in results if result.get("device") == "cuda"]
     assert ("has timed them yet" in readme) == (not on_gpu)
+
+
+def test_results_of_reproduce_are_tables_of_any_document(tables, tmp_path, monkeypatch):
+    result = json.loads((ROOT / "benchmarks/results/demo-digits.json").read_text())
+    result |= {"main_attack": "fgsm", "accuracy": {"sat": [{"clean": 0.75, "fgsm": 0.25}]}}
+    (tmp_path / "reproduce-mnist.json").write_text(json.dumps(result))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    markers = "<!-- begin reproduce-mnist -->\n<!-- end reproduce-mnist -->"
+    text = tables.filled(f"before\n{markers}\nafter", "docs/evidence.md")
+    assert "| sat | 75.0 | 25.0 | 50.0 |" in text
+    assert "Weighted (FGSM)" in text
+    assert "(../benchmarks/results/reproduce-mnist.json)" in text
+    assert tables.filled(text, "docs/evidence.md") == text
+    with pytest.raises(ValueError, match=r"docs/evidence.md must have a table between"):
+        tables.filled("<!-- begin reproduce-mnist -->\n", "docs/evidence.md")

@@ -38,8 +38,8 @@ TEACHERS = {"clean": "teacher, clean", "robust": "teacher, robust"}
 
 # TrainConfig's fields that are decided run by run, or by the evaluation.
 _OWN = (
-    "method", "teacher_clean", "teacher_robust", "seed", "output", "overwrite", "resume",
-    "test_attacks",
+    "method", "teacher_clean", "teacher_robust", "teacher", "seed", "output", "overwrite",
+    "resume", "test_attacks",
 )  # fmt: skip
 
 
