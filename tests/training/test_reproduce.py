@@ -26,7 +26,7 @@ from bmtard.training.reproduce import (
     jobs,
     reproduce,
 )
-from bmtard.training.reproduce.plan import Job, plan, selected, with_settings
+from bmtard.training.reproduce.plan import Job, digest, plan, selected, with_settings
 from bmtard.training.reproduce.pool import Pool
 
 DIGITS = REPRODUCE_PRESETS["digits"][1]
@@ -377,6 +377,23 @@ def test_other_settings_are_refused(
     settings.write_text(json.dumps(saved))
     assert reproduce(finished, "bmtard reproduce the test") == {}
     settings.write_text(written)
+    # So had the network that a transfer attack was made on.
+    surrogate = finished.output / "jobs" / "sat-seed0" / jobs.SETTINGS
+    measured = finished.output / "jobs" / "natural-seed0" / jobs.EVALUATION
+    written = {path: path.read_text() for path in (surrogate, measured)}
+    saved, found = (json.loads(text) for text in written.values())
+    del saved["train"]["awp"], saved["train"]["loss"]["mart_beta"]
+    surrogate.write_text(json.dumps(saved))
+    with_it = found["transfer-pgd from sat"]["settings"]
+    with_it["surrogate_settings"] = digest(saved)
+    measured.write_text(json.dumps(found))
+    assert reproduce(finished, "bmtard reproduce the test") == {}
+    with_it["surrogate_settings"] = digest(saved | {"train": {}})  # measured on another one
+    measured.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"natural-seed0 .* surrogate_settings is"):
+        reproduce(finished, "bmtard reproduce the test")
+    for path, text in written.items():
+        path.write_text(text)
     # The report leaves such runs out, and says so.
     report = replace(finished, changes=("sat: loss.trades_beta=1",), report_only=True)
     reproduce(report, "look")

@@ -21,7 +21,7 @@ from bmtard.training.evaluate import SUITE, accuracies, resolve_device
 from bmtard.training.files import locked, read_json, remove_temporaries, write_json
 from bmtard.training.metrics import Progress, read_metrics
 from bmtard.training.report import machine
-from bmtard.training.reproduce.plan import Job, Measurement, deciding
+from bmtard.training.reproduce.plan import Job, Measurement, deciding, digest
 from bmtard.training.trainer import train
 
 SETTINGS = "job.json"
@@ -58,24 +58,41 @@ def changes(job: Job) -> list[str]:
     found = read_json(job.folder / SETTINGS)
     if found is None:
         return []
-    was = {
+    return _differences(job.settings, _filled(found))
+
+
+def _filled(found: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a file; an option that was not there yet has its default."""
+    return {
         "train": deciding(saved_settings(found["train"])),
         "teachers": {
             role: deciding(saved_settings(teacher)) for role, teacher in found["teachers"].items()
         },
     }
-    return _differences(job.settings, was)
 
 
 def changed_measurements(job: Job) -> dict[str, list[str]]:
     """The same for the attacks: name -> differences."""
     found = read_json(job.folder / EVALUATION) or {}
     pairs = {
-        m.name: _differences(_plain(m), found[m.name]["settings"])
+        m.name: _differences(_plain(m), _known(job, m, found[m.name]["settings"]))
         for m in job.measurements
         if m.name in found
     }
     return {name: differences for name, differences in pairs.items() if differences}
+
+
+def _known(job: Job, measurement: Measurement, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the wanted digest of the surrogate's, if they were made from that one,
+    before an option was there."""
+    if measurement.surrogate is None:
+        return settings
+    surrogate = read_json(job.folder.parent / measurement.surrogate / SETTINGS)
+    wanted = measurement.surrogate_settings
+    same = surrogate and digest(_filled(surrogate)) == wanted
+    if same and settings["surrogate_settings"] == digest(surrogate):
+        return {**settings, "surrogate_settings": wanted}
+    return settings
 
 
 def _plain(measurement: Measurement) -> dict[str, Any]:

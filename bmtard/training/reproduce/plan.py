@@ -193,7 +193,7 @@ def _surrogates(config: ReproduceConfig, job: Job, jobs: list[Job]) -> list[Job]
     ]
 
 
-def _digest(settings: dict[str, Any]) -> str:
+def digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -224,7 +224,7 @@ def _measurements(config: ReproduceConfig, job: Job, jobs: list[Job]) -> tuple[M
                 Measurement(
                     name=f"{attack} from {other.name}",
                     surrogate=other.key,
-                    surrogate_settings=_digest(other.settings),
+                    surrogate_settings=digest(other.settings),
                     **shared,
                 )
                 for other in _surrogates(config, job, jobs)
