@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bmtard.losses._rows import Rows, wide
-from bmtard.ops._checks import check_positive
+from bmtard.ops._checks import check_temperature
 
 
 def dkd_loss(
@@ -29,7 +29,7 @@ def dkd_loss(
     """
     if reduction == "mean":
         raise ValueError("dkd_loss: reduction must be 'none', 'sum' or 'batchmean', got 'mean'")
-    check_positive("dkd_loss", "temperature", temperature)
+    check_temperature("dkd_loss", "temperature", temperature)
     rows = Rows("dkd_loss", student_logits, labels, ignore_index=ignore_index, reduction=reduction)
     if rows.classes < 2:
         raise ValueError(f"dkd_loss: logits must have 2 classes or more, got {rows.classes}")

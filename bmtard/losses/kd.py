@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bmtard.losses._rows import Rows, wide
 from bmtard.ops import multi_teacher_kl
-from bmtard.ops._checks import check_positive
+from bmtard.ops._checks import check_temperature
 
 
 def kd_loss(
@@ -107,4 +107,4 @@ def _check_temperature(op: str, temperature: float | Tensor) -> None:
                 f"{op}: temperature must be a float or 0-d, got {list(temperature.shape)}"
             )
     else:
-        check_positive(op, "temperature", temperature)
+        check_temperature(op, "temperature", temperature)
