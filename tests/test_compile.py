@@ -289,6 +289,19 @@ def test_training_steps_on_batches_that_change(mode, dtype):
         assert not counters["graph_break"]
 
 
+def test_float16_with_a_huge_student_temperature():
+    oracles.require_native()
+    losses = []
+    for compiled in (False, True):
+        loss = BMTARDLoss(student_temperature=1e36)
+        step = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+        students, teachers = pairs(dtype=torch.float16)
+        losses.append(step([leaf(s) for s in students], list(teachers)))
+        losses[-1].backward()
+    assert losses[0] > 0
+    torch.testing.assert_close(losses[1], losses[0])
+
+
 def test_one_student_twice_in_a_compiled_step():
     oracles.require_native()
     loss, eager = BMTARDLoss(), BMTARDLoss()

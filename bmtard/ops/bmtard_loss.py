@@ -92,8 +92,8 @@ def _factors(logits: Tensor, reduction: str, student_temperature: float) -> tupl
     headroom = 1.0
     if logits.dtype == torch.float16:
         # The gradients of a mean would underflow before they meet the large factor of a grad
-        # scaler. So the op returns them larger: none exceeds 2^13.
-        headroom = 2.0 ** (13 + math.floor(math.log2(divisor * student_temperature)))
+        # scaler. So the op returns them larger: none exceeds 2^13. 2^100 times is float32 still.
+        headroom = 2.0 ** min(13 + math.floor(math.log2(divisor * student_temperature)), 100)
     return 1.0 / divisor, headroom
 
 
