@@ -18,7 +18,7 @@ CUDA_TORCH ?= torch==2.11.0
 # A GPU host may have its own Python with torch, and no network.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help venv demo test sanitize sanitize-cpu cuda-check gpu lint format wheel test-wheel bench clean
+.PHONY: help venv demo test fuzz sanitize sanitize-cpu cuda-check gpu lint format wheel test-wheel bench clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## /\1\t/p' Makefile | expand -t 12
@@ -36,6 +36,9 @@ sanitize: venv  ## the CUDA kernels on the CPU under AddressSanitizer and Undefi
 
 sanitize-cpu: venv  ## the CPU kernels and the binding under both sanitizers, with the op tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.sanitize_cpu
+
+fuzz: venv  ## random calls of the ops against a NumPy oracle; FUZZ_ARGS="--seconds 600 --seed 1"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 cuda-check: $(CUDA_VENV)/installed  ## compile the CUDA kernels, check their machine code; no GPU needed
 	$(CUDA_VENV)/bin/python tools/cuda_check.py

@@ -515,6 +515,8 @@ def solve_temperatures(
     solved = torch.stack([f.temperature for f in found]).to(temperatures.dtype)
     if momentum:
         solved = (momentum * temperatures.log() + (1 - momentum) * solved.log()).exp()
+    # A bound that was rounded to float32 may lie beyond it.
+    solved = solved.clamp(*bounds)
     statuses = torch.stack([f.status for f in found])
     return solved, (statuses == SearchStatus.CLAMPED_HIGH.value).any()
 

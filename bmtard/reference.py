@@ -42,9 +42,12 @@ def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
         temperature = torch.where(allowed, temperature, math.nan)
     # Shifted before it is scaled: logits / 0.01 would lose two digits of the differences.
     logits = logits - logits.detach().amax(-1, keepdim=True)
-    masked = logits == -math.inf
-    # -inf / temperature would have the gradient NaN by the temperature.
-    scaled = (logits.masked_fill(masked, 0) / temperature).masked_fill(masked, -math.inf)
+    # Multiplied, as the gradient of a quotient by the temperature may overflow on its way to 0.
+    inverse = 1 / temperature
+    # With those that lie further below the maximum than the type reaches.
+    masked = (logits * inverse).detach() == -math.inf
+    # -inf * inverse would have the gradient NaN by the temperature.
+    scaled = (logits.masked_fill(masked, 0) * inverse).masked_fill(masked, -math.inf)
     # The largest is 0, so no exponential overflows.
     return scaled - _sum(scaled.exp()).log().unsqueeze(-1)
 
@@ -57,7 +60,7 @@ def softmax_entropy(
     p = log_p.exp()
     if eps:
         return -_sum(p * (p + eps).log())
-    return -_sum(p * log_p.masked_fill(log_p == -math.inf, 0))
+    return -_sum(p * log_p.masked_fill(p == 0, 0))
 
 
 def bisect_temperature(

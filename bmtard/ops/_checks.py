@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +20,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is a real number of Python or NumPy, and no bool."""
+    """Whether ``value`` is a real number of Python or NumPy that a float holds, and no bool."""
     # float and int first, because numbers.Real takes longer.
-    return isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool)
+    if isinstance(value, float):
+        return True
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, numbers.Real)
 
 
 def is_integer(value: object) -> bool:

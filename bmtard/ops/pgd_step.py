@@ -39,7 +39,7 @@ def pgd_step_(
     ``min(max(x_adv + step_size * grad.sign(), x - epsilon), x + epsilon).clamp(*bounds)``.
 
     Args:
-        x_adv: [N, ...], overwritten; any dense or strided layout.
+        x_adv: [N, ...], overwritten; any layout in which each value has its own memory.
         grad: the gradient of the attacked loss by ``x_adv``, same shape.
         x: the clean images, same shape.
         step_size, epsilon: in pixel units (8/255 where an image lies in [0, 1]), >= 0.
@@ -53,7 +53,8 @@ def pgd_step_(
         TypeError: not a floating-point tensor. ValueError: shapes, devices or numbers that do
         not fit.
 
-    Source: Madry et al., ICLR 2018. Arithmetic is float32 for half types, rounded once at the end.
+    Source: Madry et al., ICLR 2018. Arithmetic is float32 for half types, rounded once at the end;
+    tensors of different dtypes are promoted to a common one first.
     """
     op = "pgd_step_"
     if not same_kind(x_adv, (x_adv, grad, x)) or x_adv.dim() == 0:
@@ -74,6 +75,12 @@ def pgd_step_(
             f"{op}: x_adv requires grad, so it cannot be overwritten here; "
             "call it under torch.no_grad() or pass x_adv.detach()"
         )
+    strides = zip(x_adv.shape, x_adv.stride(), strict=True)
+    if x_adv.numel() and any(size > 1 and step == 0 for size, step in strides):
+        raise ValueError(
+            f"{op}: x_adv must not be expanded, as it is overwritten, got strides "
+            f"{list(x_adv.stride())} for shape {list(x_adv.shape)}; pass x_adv.contiguous()"
+        )
     for name, value in (("step_size", step_size), ("epsilon", epsilon)):
         if not (is_number(value) and 0 <= value < math.inf):
             raise ValueError(f"{op}: {name} must be finite and >= 0, got {value}")
@@ -93,13 +100,22 @@ def pgd_step_(
                 )
     if torch.is_grad_enabled():
         grad, x = grad.detach(), x.detach()
+    if not grad.dtype == x.dtype == x_adv.dtype:
+        # Not in the dtype of x_adv: a float32 gradient may be 0 in float16.
+        dtype = torch.promote_types(x_adv.dtype, torch.promote_types(grad.dtype, x.dtype))
+        grad, x = grad.to(dtype), x.to(dtype)
+        if x_adv.dtype != dtype:
+            return x_adv.copy_(
+                pgd_step_(
+                    x_adv.detach().to(dtype), grad, x,
+                    step_size=step_size, epsilon=epsilon, bounds=bounds, norm=norm,
+                )
+            )  # fmt: skip
     if not native_path:
         return reference.pgd_step_(
             x_adv, grad, x,
             step_size=step_size, epsilon=epsilon, low=low, high=high, norm=norm,
         )  # fmt: skip
-    if not grad.dtype == x.dtype == x_adv.dtype:
-        grad, x = grad.to(x_adv.dtype), x.to(x_adv.dtype)
     native.pgd_step_(x_adv, grad, x, step_size, epsilon, low, high, norm == "l2")
     mark_overwritten(x_adv)
     return x_adv
