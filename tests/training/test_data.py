@@ -617,28 +617,6 @@ def test_images_stay_where_they_fit(fits: bool, monkeypatch: pytest.MonkeyPatch)
     assert batches.images.dtype == torch.uint8
 
 
-@pytest.mark.cuda
-def test_a_gpu_gives_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not torch.cuda.is_available():
-        if os.environ.get("BMTARD_REQUIRE_CUDA") == "1":
-            pytest.fail("BMTARD_REQUIRE_CUDA=1 but no CUDA device")
-        pytest.skip("no CUDA device")
-    images = torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8)
-
-    def batches(device: str) -> list[torch.Tensor]:
-        made = Batches(
-            images, torch.arange(50), batch_size=16, device=device, shuffle=True,
-            crop_padding=1, flip=True, seed=3,
-        )  # fmt: skip
-        return [tensor.cpu() for pair in made.epoch(2) for tensor in pair]
-
-    expected = batches("cpu")
-    for free in (2**30, 0):
-        monkeypatch.setattr(data, "_free_bytes", lambda device, free=free: free)
-        for a, b in zip(batches("cuda"), expected, strict=True):
-            assert torch.equal(a, b)
-
-
 def test_augmentation_against_loops() -> None:
     images = torch.randint(256, (30, 3, 5, 6), dtype=torch.uint8)
     generator = torch.Generator().manual_seed(0)
