@@ -32,6 +32,7 @@ typedef float FloatNative __attribute__((vector_size(kVecBytes)));
 typedef double DoubleNative __attribute__((vector_size(kVecBytes)));
 typedef int32_t FloatBits __attribute__((vector_size(kVecBytes)));
 typedef int64_t DoubleBits __attribute__((vector_size(kVecBytes)));
+typedef uint32_t WordBits __attribute__((vector_size(kVecBytes)));  // may wrap around
 
 template <typename real>
 struct VecTypes {
@@ -166,7 +167,7 @@ BMTARD_HD Vec<float> exp(Vec<float> x) {
   return (V::native)_mm512_maskz_scalef_ps(normal, (__m512)p.v, (__m512)n.v);
 #else
   // 2^n: the low bits of t are n. The shift moves them into the exponent and drops the others.
-  const V scale = V::from_bits((t.as_int() << 23) + 0x3f800000);
+  const V scale = V::from_bits((V::native_int)(((WordBits)t.as_int() << 23) + 0x3f800000u));
   return select(x < V(lowest), V(0.0f), p * scale);
 #endif
 }
@@ -176,7 +177,7 @@ BMTARD_HD Vec<float> exp(Vec<float> x) {
 BMTARD_HD Vec<float> log(Vec<float> x) {
   using V = Vec<float>;
   using I = V::native_int;
-  const I bits = x.as_int() - 0x3f3504f3;  // the bits of sqrt(1/2)
+  const I bits = (I)((WordBits)x.as_int() - 0x3f3504f3u);  // the bits of sqrt(1/2)
   const I exponent = bits >> 23;
   const V f = V::from_bits((bits & 0x007fffff) + 0x3f3504f3) - V(1.0f);
   const V e = __builtin_convertvector(exponent, V::native);
@@ -257,7 +258,6 @@ BMTARD_HD void store(BFloat16* p, Vec<float> x) {
 }
 #else
 typedef uint16_t HalfBits __attribute__((vector_size(kVecBytes / 2)));
-typedef uint32_t WordBits __attribute__((vector_size(kVecBytes)));
 
 BMTARD_HD Vec<float> load(const BFloat16* p) {
   HalfBits h;
