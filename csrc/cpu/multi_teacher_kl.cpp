@@ -67,6 +67,24 @@ struct RowBackward {
   Vec<real> by_temperature;
 };
 
+// A row of zeros, allocated when it is first needed.
+template <typename scalar>
+class ZeroRow {
+ public:
+  ZeroRow() = default;
+  ~ZeroRow() { __builtin_free(data_); }
+  ZeroRow(const ZeroRow&) = delete;
+  ZeroRow& operator=(const ZeroRow&) = delete;
+  const scalar* get(int64_t classes) {
+    if (!data_) data_ = __builtin_calloc(static_cast<size_t>(classes), sizeof(scalar));
+    if (!data_) __builtin_abort();
+    return static_cast<const scalar*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+};
+
 template <typename scalar>
 void backward_rows(const MultiTeacherKLBackwardArgs& args, int64_t begin, int64_t end) {
   using real = acc_t<scalar>;
@@ -80,6 +98,7 @@ void backward_rows(const MultiTeacherKLBackwardArgs& args, int64_t begin, int64_
   bool wants_teacher = args.grad_temperature != nullptr;
   for (int32_t k = 0; k < args.teachers; ++k) wants_teacher |= args.grad_teacher[k] != nullptr;
 
+  ZeroRow<scalar> zeros;
   RowBackward<scalar> rows[kMaxTeachers];
   for (int64_t r = begin; r < end; ++r) {
     for (int32_t k = 0; k < args.teachers; ++k) {
@@ -94,6 +113,11 @@ void backward_rows(const MultiTeacherKLBackwardArgs& args, int64_t begin, int64_
                  coefficient[k * args.coefficient_teacher_stride + r * args.coefficient_row_stride],
                  teacher_scale<real>(args, k),
                  V(real(0))};
+      if (rows[k].coefficient == real(0)) {  // the row may hold NaN, and 0 * NaN is NaN
+        rows[k].student = rows[k].teacher = zeros.get(args.classes);
+        rows[k].student_max = rows[k].student_log_sum = 0;
+        rows[k].teacher_max = rows[k].teacher_log_sum = rows[k].center = 0;
+      }
     }
     const auto out = [&](void* grad) { return static_cast<scalar*>(grad) + r * args.classes; };
     for (int64_t j = 0; j < args.classes; j += V::size) {
@@ -103,29 +127,29 @@ void backward_rows(const MultiTeacherKLBackwardArgs& args, int64_t begin, int64_
       V student_total = real(0), teacher_total = real(0);
       for (int32_t k = 0; k < args.teachers; ++k) {
         RowBackward<scalar>& row = rows[k];
-        void* const to_student = args.grad_student[args.student_shared ? 0 : k];
-        V by_student = real(0), by_teacher = real(0);
-        if (row.coefficient != real(0)) {  // else the row may hold NaN
-          const V log_q =
-              (at(row.student) - V(row.student_max)) * student_scale - V(row.student_log_sum);
-          const V u = (at(row.teacher) - V(row.teacher_max)) * V(row.teacher_scale);
-          const V log_p = u - V(row.teacher_log_sum);
-          const V p = exp(log_p);
-          if (to_student) by_student = V(row.coefficient) * student_scale * (exp(log_q) - p);
-          if (wants_teacher) {
-            const V by_u = V(row.coefficient) *
-                           kl_by_scaled_teacher(p, log_p, log_q, V(row.center), eps, has_eps);
-            by_teacher = by_u * V(row.teacher_scale);
-            row.by_temperature = row.by_temperature - by_teacher * floor_exponent(u);
+        const V log_q =
+            (at(row.student) - V(row.student_max)) * student_scale - V(row.student_log_sum);
+        const V u = (at(row.teacher) - V(row.teacher_max)) * V(row.teacher_scale);
+        const V log_p = u - V(row.teacher_log_sum);
+        const V p = exp(log_p);
+        if (args.grad_student[args.student_shared ? 0 : k]) {
+          const V grad = V(row.coefficient) * student_scale * (exp(log_q) - p);
+          if (args.student_shared) {
+            student_total = student_total + grad;
+          } else {
+            store_at(out(args.grad_student[k]), j, args.classes, grad);
           }
         }
-        student_total = student_total + by_student;
-        teacher_total = teacher_total + by_teacher;
-        if (to_student && !args.student_shared) {
-          store_at(out(to_student), j, args.classes, by_student);
-        }
-        if (args.grad_teacher[k] && !args.teacher_shared) {
-          store_at(out(args.grad_teacher[k]), j, args.classes, by_teacher);
+        if (wants_teacher) {
+          const V by_u = V(row.coefficient) *
+                         kl_by_scaled_teacher(p, log_p, log_q, V(row.center), eps, has_eps);
+          const V grad = by_u * V(row.teacher_scale);
+          row.by_temperature = row.by_temperature - grad * floor_exponent(u);
+          if (args.teacher_shared) {
+            teacher_total = teacher_total + grad;
+          } else if (args.grad_teacher[k]) {
+            store_at(out(args.grad_teacher[k]), j, args.classes, grad);
+          }
         }
       }
       if (args.student_shared && args.grad_student[0]) {

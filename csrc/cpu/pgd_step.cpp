@@ -98,17 +98,24 @@ void l2(const PgdStepArgs& args, ParallelFor parallel_for) {
       const int64_t first = n * args.sample_size, last = first + args.sample_size;
       const auto gradient = images.norm(first, last, [](V, V grad, V) { return grad; });
       const V scale = l2_step_scale(gradient.squared, static_cast<real>(args.step_size));
-      const V unit = gradient.unit;
-      // Without a step the gradient may hold NaN or infinity: keep it out.
-      const auto moved = [&](V x_adv, V grad, V x) {
-        return x_adv + select(scale > V(real(0)), scale * (unit * grad), V(real(0))) - x;
+      const auto step_along = [&](auto direction) {
+        // Without a step the gradient may hold NaN or infinity: keep it out.
+        const auto moved = [&](V x_adv, V grad, V x) {
+          return x_adv + select(scale > V(real(0)), scale * direction(grad), V(real(0))) - x;
+        };
+        const auto distance = images.norm(first, last, moved);
+        const V projection =
+            l2_projection_scale(distance.squared, distance.unit, static_cast<real>(args.epsilon));
+        images.update(first, last, [&](V x_adv, V grad, V x) {
+          return clamped(x + projection * moved(x_adv, grad, x), low, high);
+        });
       };
-      const auto distance = images.norm(first, last, moved);
-      const V projection =
-          l2_projection_scale(distance.squared, distance.unit, static_cast<real>(args.epsilon));
-      images.update(first, last, [&](V x_adv, V grad, V x) {
-        return clamped(x + projection * moved(x_adv, grad, x), low, high);
-      });
+      if (gradient.unit == real(1)) {
+        step_along([](V grad) { return grad; });
+      } else {
+        const V unit = gradient.unit;
+        step_along([unit](V grad) { return unit * grad; });
+      }
     }
   });
 }

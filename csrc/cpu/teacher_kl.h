@@ -26,27 +26,28 @@ struct EpsSums {
   }
 };
 
-// KL and center of a row whose sum for KL overflowed. `found` has the other results of
-// teacher_kl(); exp_of(j) is the teacher's exponential.
+// KL and center of a row whose sum for KL overflowed. exp_of(j) is the teacher's exponential. Takes
+// numbers, not a TeacherKL: the fast path need not compute what only this would read.
 struct FarKL {
   double kl, center;
 };
-template <bool has_eps, typename scalar, typename F>
-__attribute__((noinline)) FarKL far_kl(const scalar* student, int64_t classes,
-                                       const TeacherKL<acc_t<scalar>>& found, double student_scale,
-                                       double eps, F exp_of) {
+template <typename scalar, typename F>
+__attribute__((noinline)) FarKL far_kl(const scalar* student, int64_t classes, double student_max,
+                                       double student_log_sum, double student_scale,
+                                       double teacher_norm, double eps, F exp_of) {
   using V = Vec<acc_t<scalar>>;
-  double cross = 0, center = 0;
+  double self = 0, cross = 0, center = 0;
   for (int64_t start = 0; start < classes; start += V::size) {
     const V z = load_at(student, start, classes, acc_t<scalar>(0));
     for (int i = 0; i < V::size && start + i < classes; ++i) {
-      const double p = static_cast<double>(exp_of(start + i)) * found.teacher_norm;
+      const double p = static_cast<double>(exp_of(start + i)) * teacher_norm;
       if (!(p > 0)) continue;
-      cross += p * scaled_below<double>(z.v[i], found.student_max, student_scale);
-      if (has_eps) center += p * (p / (p + eps));
+      self += p * ::log(p + eps);
+      cross += p * scaled_below<double>(z.v[i], student_max, student_scale);
+      if (eps > 0) center += p * (p / (p + eps));
     }
   }
-  const double kl = found.student_log_sum - found.entropy_eps - cross / kFarScale;
+  const double kl = self + student_log_sum - cross / kFarScale;
   return {kl, kl + center};
 }
 
@@ -130,8 +131,9 @@ inline TeacherKL<acc_t<scalar>> teacher_kl(const Matrix& students, const Matrix&
                         student_norm,
                         teacher_norm};
   if (kl > std::numeric_limits<real>::max()) {
-    const auto far = far_kl<has_eps>(student, classes, found, student_scale, eps,
-                                     [&](int64_t j) { return teacher_exps[j]; });
+    const FarKL far =
+        far_kl(student, classes, student_max, student_log_sum, student_scale, teacher_norm, eps,
+               [teacher_exps](int64_t j) { return teacher_exps[j]; });
     found.kl = static_cast<real>(far.kl);
     found.center = static_cast<real>(far.center);
   }
@@ -180,14 +182,9 @@ inline TeacherKL<Vec<acc_t<scalar>>> teacher_kl_columns(
   if (reduce_add(kl - kl) == real(0)) return found;  // all are finite
   for (int i = 0; i < n; ++i) {
     if (!(kl.v[i] > std::numeric_limits<real>::max())) continue;
-    TeacherKL<real> one{};
-    one.entropy_eps = found.entropy_eps.v[i];
-    one.student_max = student_max.v[i];
-    one.student_log_sum = student_log_sum.v[i];
-    one.teacher_norm = teacher_norm.v[i];
-    const auto far =
-        far_kl<has_eps>(row_of<scalar>(students, row + i), classes, one, student_scale_value,
-                        eps_value, [&](int64_t j) { return teacher[j * V::size + i]; });
+    const FarKL far = far_kl(row_of<scalar>(students, row + i), classes, student_max.v[i],
+                             student_log_sum.v[i], student_scale_value, teacher_norm.v[i],
+                             eps_value, [=](int64_t j) { return teacher[j * V::size + i]; });
     found.kl.v[i] = static_cast<real>(far.kl);
     found.center.v[i] = static_cast<real>(far.center);
   }

@@ -102,6 +102,9 @@ struct Pairs {
             teacher.size() <= kMaxTeachers &&
             (student.size() == teacher.size() || student.size() == 1 || teacher.size() == 1),
         "expected 1 or K student and teacher logits, K <= ", kMaxTeachers);
+    kept.reserve(student.size() + teacher.size());
+    students.reserve(student.size());
+    teachers.reserve(teacher.size());
     for (const Tensor& s : student) add(s, student[0], students);
     for (const Tensor& t : teacher) add(t, student[0], teachers);
     count = static_cast<int64_t>(student.size() > teacher.size() ? student.size() : teacher.size());
