@@ -196,6 +196,12 @@ def test_changing_a_learning_rate_does_not_recompile(device, path):
 
 LABELS = torch.arange(12) % 10
 
+
+def _both(student):
+    """The student's logits of the losses on clean and adversarial images."""
+    return {"student_adversarial_logits": 2 * student, "student_clean_logits": student}
+
+
 # Each a function of student and teacher [N, 10], labels [N] and a Python float.
 CHANGING = {
     "softmax_entropy": lambda s, t, y, x: bmtard.softmax_entropy(s, x, reduction="mean"),
@@ -215,13 +221,28 @@ CHANGING = {
     "pgd_step_": lambda s, t, y, x: (
         s * bmtard.pgd_step_(t.clone(), s, t, step_size=x / 10, epsilon=x / 5, bounds=None)
     ),
-    "trades_loss": lambda s, t, y, x: losses.trades_loss(s, 2 * s, y, beta=x),
-    "mart_loss": lambda s, t, y, x: losses.mart_loss(s, 2 * s, y, beta=x),
-    "ard_loss": lambda s, t, y, x: losses.ard_loss(2 * s, s, t, y, temperature=x, alpha=0.9),
-    "rslad_loss": lambda s, t, y, x: losses.rslad_loss(2 * s, s, t, adversarial_weight=x / 4),
-    "iad_loss": lambda s, t, y, x: losses.iad_loss(2 * s, s, t, -t, y, temperature=x, alpha=0.9),
-    "iad2_loss": lambda s, t, y, x: losses.iad2_loss(2 * s, s, t, -t, y, temperature=x),
-    "adaad_loss": lambda s, t, y, x: losses.adaad_loss(2 * s, s, t, -t, alpha=x / 4),
+    "trades_loss": lambda s, t, y, x: losses.trades_loss(
+        clean_logits=s, adversarial_logits=2 * s, labels=y, beta=x
+    ),
+    "mart_loss": lambda s, t, y, x: losses.mart_loss(
+        clean_logits=s, adversarial_logits=2 * s, labels=y, beta=x
+    ),
+    "ard_loss": lambda s, t, y, x: losses.ard_loss(
+        **_both(s), teacher_clean_logits=t, labels=y, temperature=x, alpha=0.9
+    ),
+    "rslad_loss": lambda s, t, y, x: losses.rslad_loss(
+        **_both(s), teacher_clean_logits=t, adversarial_weight=x / 4
+    ),
+    "iad_loss": lambda s, t, y, x: losses.iad_loss(
+        **_both(s), teacher_clean_logits=t, teacher_adversarial_logits=-t, labels=y,
+        temperature=x, alpha=0.9,
+    ),
+    "iad2_loss": lambda s, t, y, x: losses.iad2_loss(
+        **_both(s), robust_teacher_logits=t, clean_teacher_logits=-t, labels=y, temperature=x
+    ),
+    "adaad_loss": lambda s, t, y, x: losses.adaad_loss(
+        **_both(s), teacher_adversarial_logits=t, teacher_clean_logits=-t, alpha=x / 4
+    ),
     "mtard_loss": lambda s, t, y, x: losses.mtard_loss([s, 2 * s], [t, -t], t.new_full((2,), 0.5)),
 }  # fmt: skip
 

@@ -64,7 +64,7 @@ FUNCTIONS = {
         ) / 24,
     ),
     "trades_loss": (
-        lambda x: losses.trades_loss(x, 2 * x, LABELS),
+        lambda x: losses.trades_loss(clean_logits=x, adversarial_logits=2 * x, labels=LABELS),
         lambda x: F.cross_entropy(x, LABELS) + 6 * oracles.torch_kl(2 * x, x).mean(),
     ),
 }  # fmt: skip
@@ -344,7 +344,13 @@ def test_inference_tensors_that_need_no_gradient(path, name):
             ).temperature
         )
         total = total + bmtard.bisect_temperature(x, 0.5 * given["temperature"][0]).temperature
-        total = total + losses.ard_loss(x, x, given["teacher"], LABELS, alpha=0.5)
+        total = total + losses.ard_loss(
+            student_adversarial_logits=x,
+            student_clean_logits=x,
+            teacher_clean_logits=given["teacher"],
+            labels=LABELS,
+            alpha=0.5,
+        )
         total = total + BMTARDLoss()([x, 2 * x], [given["teacher"]] * 2)
         return torch.autograd.grad(total, x)[0]
 

@@ -302,6 +302,12 @@ class StopAfter:
         if self.left == 0:
             raise Interrupted
 
+    def within(self, part: float, text: str) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
     def end(self, text: str) -> None:
         pass
 

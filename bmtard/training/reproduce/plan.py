@@ -90,7 +90,7 @@ def configurations(config: ReproduceConfig) -> dict[str, TrainConfig]:
     recipes = {
         TEACHERS["clean"]: config.teacher_clean,
         TEACHERS["robust"]: config.teacher_robust,
-        **{name: f"{STUDENTS.get(name, '')} {config.student}" for name in config.students},
+        **{name: f"{STUDENTS.get(name, '')} {config.student}".strip() for name in config.students},
     }
     for change in (*config.tuned, *config.changes):
         name, found, settings = change.partition(":")
