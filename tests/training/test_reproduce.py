@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,17 @@ def test_presets_can_be_planned(name: str) -> None:
         assert all(settings[field] == students[0][field] for settings in students)
 
 
+def test_settings_of_all_students_are_in_the_report(tmp_path: Path) -> None:
+    config = small(tmp_path, student="epochs=2 model=cnn-3", report_only=True)
+    trained = {job.name: (job.train.epochs, job.train.model) for job in plan(config)}
+    assert trained.pop("teacher, clean") == trained.pop("teacher, robust") == (3, "cnn-4")
+    assert set(trained.values()) == {(2, "cnn-3")}
+    reproduce(config, "look")
+    text = (tmp_path / "report.md").read_text()
+    assert "- students: cnn-3;" in text
+    assert "of the students: 2 epochs" in text
+
+
 def test_settings_of_single_runs() -> None:
     config = small(
         Path("out"),
@@ -172,7 +184,7 @@ def test_settings_of_single_runs() -> None:
         ({"students": ("fast",)}, r"fast: no method; known students are 'natural', "),
         ({"changes": ("rslad: epochs=1",)}, r"NAME one of 'teacher, clean', .* got 'rslad: ep"),
         ({"changes": ("sat: epochs",)}, r"sat: a setting must be FIELD=VALUE, got 'epochs'"),
-        ({"changes": ("sat: epoch=3",)}, r"sat: 'method=sat  ?epoch=3' cannot be set: .*epoch"),
+        ({"changes": ("sat: epoch=3",)}, r"sat: 'method=sat epoch=3' cannot be set: .*epoch"),
         ({"changes": ("sat: epochs=0",)}, r"epochs must be >= 1, got 0"),
         ({"teacher_robust": "method=rslad"}, r"method rslad needs teachers itself"),
         ({"only": ("trades",)}, r"only: must be of .*'sat'.*; got 'trades'"),
@@ -263,6 +275,7 @@ def test_report_from_what_is_there(
     assert summary["unfinished"]["bmtard-sign-seed0"] == "1 of 3 epochs"
     assert summary["unfinished"]["sat-seed1"] == "not begun"
     text = (tmp_path / "report.md").read_text()
+    assert "of the students: 3 epochs of batches of 64, SGD, cyclic learning rate" in text
     assert "- bmtard-sign-seed0: 1 of 3 epochs" in text
     assert (tmp_path / "balance.png").exists()
     # Nothing at all is a report as well.
@@ -350,6 +363,7 @@ def test_killed_and_started_again(finished: ReproduceConfig, tmp_path: Path) -> 
     try:
         while not list(tmp_path.glob("jobs/*/last.pt")):
             assert run.poll() is None
+            time.sleep(0.05)  # leaves the core to the run
     finally:
         os.kill(run.pid, signal.SIGKILL)
         run.wait()

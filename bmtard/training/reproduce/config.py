@@ -118,6 +118,7 @@ class ReproduceConfig:
 
     def __post_init__(self) -> None:
         require(self, "seeds", self.seeds >= 1, ">= 1")
+        require(self, "students", len(self.students) >= 1, "one name or more")
         teacher_seeds = self.teacher_seeds
         inside = teacher_seeds is None or 1 <= teacher_seeds <= self.seeds
         require(self, "teacher_seeds", inside, "in [1, seeds]")

@@ -82,7 +82,7 @@ def with_settings(config: TrainConfig, settings: str, name: str) -> TrainConfig:
         if not found:
             raise ValueError(f"{name}: a setting must be FIELD=VALUE, got {setting!r}")
         arguments += [f"--{path}", *value.split(",")]
-    return with_arguments(config, arguments, f"{name}: {settings!r}")
+    return with_arguments(config, arguments, f"{name}: {' '.join(settings.split())!r}")
 
 
 def configurations(config: ReproduceConfig) -> dict[str, TrainConfig]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bmtard.extras import import_extra
-from bmtard.training.config import to_plain
+from bmtard.training.config import TrainConfig, to_plain
 from bmtard.training.files import read_json, write_json, write_text
 from bmtard.training.metrics import read_metrics
 from bmtard.training.report import (
@@ -25,7 +25,7 @@ from bmtard.training.report import (
     plot_validation,
 )
 from bmtard.training.reproduce import jobs as work
-from bmtard.training.reproduce.config import ReproduceConfig
+from bmtard.training.reproduce.config import TEACHERS, ReproduceConfig
 from bmtard.training.reproduce.plan import Job, left_out
 
 _SHOWN = ("natural", "sat", "bmtard, sign", "bmtard, bisect")
@@ -193,13 +193,13 @@ def _pictures(config: ReproduceConfig, jobs: Sequence[Job], summary: Mapping[str
 
 Thick lines are the first seed, thin lines the others. B-MTARD raises the temperature of the
 teacher that is surer until the mean softmax entropies of both agree: with "bisect" in every step
-at once, with "sign", the published rule, in steps of {config.train.balance.temperature_lr:g}.
+at once, with "sign", the published rule, in steps of {_student(jobs).balance.temperature_lr:g}.
 The loss weights start at 1/2, move towards the teacher from whom the student has learnt less
 since the first step, and turn back as it catches up.
 
 """
     if examples := _examples(clean):
-        plot_examples(examples, config.train.attack.epsilon, output / "examples.png")
+        plot_examples(examples, _student(jobs).attack.epsilon, output / "examples.png")
         text += f"""## Adversarial examples
 
 ![Images, adversarial examples, differences](examples.png)
@@ -244,7 +244,7 @@ accuracy.
 
 {_pictures(config, jobs, summary)}{unfinished}## How it was measured
 
-{_method(config, summary)}
+{_method(config, jobs, summary)}
 - command: `{summary["command"]}`, {summary["seconds"]:.0f} s of work in all jobs, {summary["date"]}
 {_machines(summary)}
 
@@ -261,8 +261,13 @@ def _seeds(config: ReproduceConfig) -> str:
     return f"{config.seeds} seed{'s' if config.seeds > 1 else ''}"
 
 
-def _method(config: ReproduceConfig, summary: Mapping[str, Any]) -> str:
-    train, evaluation = config.train, config.evaluation
+def _student(jobs: Sequence[Job]) -> TrainConfig:
+    """What the students share stands in any of them."""
+    return next(job.train for job in jobs if job.name not in TEACHERS.values())
+
+
+def _method(config: ReproduceConfig, jobs: Sequence[Job], summary: Mapping[str, Any]) -> str:
+    train, evaluation = _student(jobs), config.evaluation
     attack, optimizer = train.attack, train.optimizer
     images = "all training images"
     if train.train_limit is not None:
@@ -279,9 +284,10 @@ def _method(config: ReproduceConfig, summary: Mapping[str, Any]) -> str:
         f"{config.teacher_seeds or config.seeds} of each",
         f"students: {train.model}; natural, sat and trades learn from labels, the others from "
         "teachers",
-        f"training: {train.epochs} epochs of batches of {train.batch_size}, SGD, "
+        f"training of the students: {train.epochs} epochs of batches of {train.batch_size}, SGD, "
         f"{optimizer.schedule} learning rate of at most {optimizer.lr:g}; {chosen}",
-        f"training attack: pixels in [0, 1], norm {attack.norm}, epsilon {attack.epsilon:g}, "
+        f"training attack of the students: pixels in [0, 1], norm {attack.norm}, epsilon "
+        f"{attack.epsilon:g}, "
         f"{attack.steps} steps of {attack.step_size:g}, start {attack.random_start}",
         "attacks in the table: 20 steps of epsilon / 4 (PGD-20) and of 0.094 epsilon (PGD-TRADES), "
         "30 of epsilon / 4 on the margin (CW), from a uniform start",
