@@ -238,24 +238,25 @@ def pgd_step_(
         moved = x_adv.to(acc) + step_size * delta.sign()  # 0 for NaN
         moved = torch.minimum(torch.maximum(moved, origin - epsilon), origin + epsilon)
     else:
-        direction, length = _direction_and_length(delta)
-        step = torch.where(length > 0, direction * step_size, 0.0)
-        moved = x_adv.to(acc) + step - origin
+        direction, _ = _direction_and_length(delta)
+        moved = x_adv.to(acc) + direction * step_size - origin
         _, length = _direction_and_length(moved)
         moved = origin + moved * torch.where(length > epsilon, epsilon / length, 1.0)
     return x_adv.copy_(moved.clamp(low, high))
 
 
 def _direction_and_length(values: Tensor) -> tuple[Tensor, Tensor]:
-    """values / l2 norm and the norm of each sample, [N, ...] and [N, 1, ...]; a norm that is not
-    finite counts as 0. Scaled by the largest value first, so that no square leaves the range."""
+    """values / l2 norm and the norm of each sample, [N, ...] and [N, 1, ...]; a norm of 0, NaN or
+    infinity has no direction. Scaled by the largest value first, so that no square leaves the
+    range."""
     samples = values.unsqueeze(-1).flatten(1)
     largest = samples.abs().amax(1, keepdim=True)
     usable = largest.isfinite() & (largest > 0)
     scaled = samples / torch.where(usable, largest, 1.0)
     norm = torch.where(usable, scaled.norm(dim=1, keepdim=True), 1.0)
-    length = torch.where(usable, largest * norm, 0.0)
-    return (scaled / norm).view(values.shape), length.view((-1,) + (1,) * (values.dim() - 1))
+    direction = torch.where(usable, scaled / norm, 0.0)
+    length = largest * norm
+    return direction.view(values.shape), length.view((-1,) + (1,) * (values.dim() - 1))
 
 
 def balanced_weights(

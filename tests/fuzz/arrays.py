@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -42,13 +43,15 @@ class Array:
         return f"Array({', '.join(shown)})"
 
     def tensor(self) -> Tensor:
-        with torch.inference_mode(self.inference):
-            tensor = in_layout(self._dense(), self.layout)
+        if self.inference:
+            with torch.inference_mode():
+                return in_layout(self._dense(), self.layout)
+        tensor = in_layout(self._dense(), self.layout)
         return tensor.requires_grad_() if self.grad else tensor
 
     def _dense(self) -> Tensor:
         dtype = getattr(torch, self.dtype)
-        size = int(np.prod(self.shape))
+        size = math.prod(self.shape)
         start = self.seed * 7919 % len(_POOL)
         x = _POOL[start : start + size]
         if len(x) < size:

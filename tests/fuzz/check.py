@@ -92,8 +92,7 @@ def numbers(x: Any, precision: Precision) -> np.ndarray:
     """A tensor, or a number, as the oracle's array."""
     if not isinstance(x, Tensor):
         return np.asarray(x, precision.work)
-    x = x.detach()
-    return (x if x.dtype == torch.float64 else x.double()).numpy().astype(precision.work)
+    return x.detach().double().numpy().astype(precision.work, copy=False)
 
 
 def precision_of(*dtypes: torch.dtype) -> Precision:
@@ -119,10 +118,12 @@ def compare(
     if shape is not None:
         assert found.shape == shape, f"{name}: shape {list(found.shape)}, not {list(shape)}"
     info = torch.finfo(found.dtype)
-    value = np.broadcast_to(value, found.shape) if found.dim() else np.reshape(value, ())
     actual = found.detach().double().numpy()
+    if np.shape(value) != actual.shape:
+        value = np.broadcast_to(value, actual.shape) if actual.ndim else np.reshape(value, ())
+    if np.shape(error) != actual.shape:
+        error = np.broadcast_to(error, actual.shape) if actual.ndim else np.reshape(error, ())
     magnitude = np.abs(value)
-    error = np.broadcast_to(error, value.shape)
     if roundings:
         lost = info.smallest_normal * info.eps * max(1.0, factor)
         error = error + roundings * (info.eps / 2 * magnitude + lost)
@@ -140,9 +141,11 @@ def compare(
             f"within {float(error[at]):.3g} ({(~fine).sum()} of {fine.size} are wrong)"
         )
     judged["numbers"] += found.numel()
-    judged["undetermined"] += int(np.count_nonzero(~(error < np.inf)))
+    bounded = error < np.inf
+    judged["undetermined"] += bounded.size - int(np.count_nonzero(bounded))
     if found.numel():
-        ratio = np.where(fine & (miss > 0) & (error > 0) & (miss <= error), miss / error, 0).max()
+        bounded &= miss > 0
+        ratio = np.where(bounded & (miss <= error), miss / error, 0).max()
         if ratio > worst.get(name, 0.0):
             worst[name] = float(ratio)
 

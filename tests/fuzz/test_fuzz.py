@@ -119,6 +119,10 @@ FINDINGS = {
         grad=Array((1, 17), "bfloat16"), x=Array((1, 17), values="pixels", seed=1),
         step_size=0.5, epsilon=8 / 255, norm="l2",
     ),
+    "an infinite image stays in no ball": lambda path: check(
+        "pgd_step_", path=path, x_adv=Array((3, 5), values="inf"), grad=Array((3, 5)),
+        x=Array((3, 5), values="pixels"), step_size=0.1, epsilon=0.1, norm="l2",
+    ),
     "an expanded image cannot be overwritten": lambda path: check(
         "pgd_step_", path=path, x_adv=Array((3, 5), layout="expanded"), grad=Array((3, 5)),
         x=Array((3, 5)), step_size=0.1, epsilon=0.1, raises="x_adv",
