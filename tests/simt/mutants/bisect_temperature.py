@@ -17,7 +17,7 @@ MUTANTS = [
         "      if (temperature > low && iterations < max_iterations) return;\n",
         "",
         "test_bisect_temperature.py::"
-        "test_a_variance_that_underflows_is_not_taken_for_equal_logits[True-0-1e+30]",
+        "test_a_variance_that_underflows_is_not_taken_for_equal_logits[1e+30-True-0]",
         "assert",
         unit="cuda/bisect_temperature.cu",
     ),
@@ -27,7 +27,7 @@ MUTANTS = [
         "flat = !low_known && ",
         "flat = ",
         "test_bisect_temperature.py::"
-        "test_a_variance_that_underflows_is_not_taken_for_equal_logits[True-1-None]",
+        "test_a_variance_that_underflows_is_not_taken_for_equal_logits[None-True-1]",
         "assert",
         unit="cuda/bisect_temperature.cu",
     ),
