@@ -165,22 +165,27 @@ BMTARD_DEVICE void find_far_kl(const RowType& student, const RowType& teacher, i
                                Group<Shape>& group, KLRow<R>& found) {
   using std::exp;
   using std::log;
-  R sums[3] = {0, 0, 0};  // of p log q, times kFarScale; of p log(p + eps); of p^2 / (p + eps)
-  for_each_tile<Shape>(classes, [&](int tile) {
-    const Tile<Shape> s = student.get(tile), t = teacher.get(tile);
-    BMTARD_UNROLL
-    for (int i = 0; i < Shape::kWidth; ++i) {
-      const R log_p = found.p(t.value[i]);
-      const R p = exp(log_p);
-      if (!(p > R(0))) continue;
-      sums[0] += p * scaled_below(s.value[i], found.q.max, found.q.inverse_temperature);
-      sums[1] += p * (eps > R(0) ? log(p + eps) : log_p);
-      sums[2] += p * (p / (p + eps));
-    }
-  });
-  group.sum(sums);
-  found.kl = sums[1] + found.q.log_sum - sums[0] / R(kFarScale);
-  found.center = eps > R(0) ? found.kl + sums[2] : found.kl;
+  // One sum at a time, because all three at once would not fit into the registers of the head.
+  const auto sum = [&](auto term) {
+    R sums[1] = {0};
+    for_each_tile<Shape>(classes, [&](int tile) {
+      const Tile<Shape> s = student.get(tile), t = teacher.get(tile);
+      BMTARD_UNROLL
+      for (int i = 0; i < Shape::kWidth; ++i) {
+        const R log_p = found.p(t.value[i]);
+        const R p = exp(log_p);
+        if (p > R(0)) sums[0] += p * term(s.value[i], log_p, p);
+      }
+    });
+    group.sum(sums);
+    return sums[0];
+  };
+  const R far =
+      sum([&](R z, R, R) { return scaled_below(z, found.q.max, found.q.inverse_temperature); });
+  const R near = sum([&](R, R log_p, R p) { return eps > R(0) ? log(p + eps) : log_p; });
+  found.kl = near + found.q.log_sum - far / R(kFarScale);
+  const R share = sum([&](R, R, R p) { return p / (p + eps); });
+  found.center = eps > R(0) ? found.kl + share : found.kl;
 }
 
 // A row that is not in registers is read as rarely as possible.

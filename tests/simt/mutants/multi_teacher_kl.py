@@ -26,7 +26,7 @@ MUTANTS = [
     Mutant(
         "kl-center-of-far-logits",
         "cuda/kl_row.cuh",
-        "  found.center = eps > R(0) ? found.kl + sums[2] : found.kl;\n",
+        "  found.center = eps > R(0) ? found.kl + share : found.kl;\n",
         "",
         KL_FAR.format("1e-05-1025-float32"),
         WRONG,
