@@ -468,7 +468,7 @@ def check_multi_teacher_kl(
     error = np.where(np.abs(value) > 1e-3 * precision.max, np.inf, error)
     limit = np.abs(unscaled[0] * np.maximum(1, np.abs(divisor)).reshape(column)).max(initial=0)
     limit = limit * max(1, squared.max())
-    if not limit < 1e-3 * precision.max and w is not None:
+    if not limit < 1e-3 * precision.max:
         error = np.full_like(error, np.inf)
     compare("divergence", found, (value, error), torch.Size(wanted_shape), 1, unsettled=True)
 
