@@ -233,7 +233,8 @@ class TrainConfig:
     epochs: int = 300
     """passes over the training images"""
     batch_size: int = 128
-    """images in a step; the last, incomplete batch of an epoch is left out"""
+    """images in a step, of all processes together; the last, incomplete batch of an epoch is left
+    out"""
     crop_padding: int = 4
     """pixels of zero padding before the random crop; 0 for no crop"""
     flip: bool = True
@@ -258,6 +259,9 @@ class TrainConfig:
     """memory layout of images and convolutions"""
     compile: bool = False
     """torch.compile the student"""
+    sync_batch_norm: bool = False
+    """with several processes: batch statistics of the whole batch, not of each process's part; on
+    GPUs alone"""
     output: Path | None = None
     """folder for the checkpoints, metrics.jsonl and results.json; default:
     runs/DATA-METHOD-MODEL-seedN"""

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from bmtard.data import Batches, ImageData, load
 from bmtard.models import build_model
@@ -24,9 +25,11 @@ from bmtard.training.config import TrainConfig, saved_settings, to_plain
 from bmtard.training.evaluate import accuracies, resolve_device, weighted
 from bmtard.training.files import locked, remove_temporaries, write_json
 from bmtard.training.methods import Method, find_method
-from bmtard.training.metrics import Display, MetricsLog, Progress
+from bmtard.training.metrics import Display, MetricsLog, NoLog, NoProgress, Progress
+from bmtard.training.ranks import ALONE, Ranks, joined, launched
 from bmtard.training.signals import Stopped, StopRequest
 from bmtard.training.teachers import check_teacher, sample
+from bmtard.types import WHOLE
 
 # What may differ between a run and its continuation without changing its numbers.
 FREE_FIELDS = {
@@ -63,20 +66,33 @@ class Trainer:
     statistics, without a look at the device; they are counted, and too many in an epoch are an
     error. The first one is saved as non-finite.pt, see :meth:`replay`. On the CPU a resumed run
     equals an uninterrupted one bit for bit.
+
+    With several ``ranks`` each has its part of every batch, random numbers and state are the same
+    on all of them, and rank 0 writes.
     """
 
     def __init__(
-        self, config: TrainConfig, progress: Progress, data: ImageData | None = None
+        self,
+        config: TrainConfig,
+        progress: Progress,
+        data: ImageData | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """``data``: already loaded, else by ``config.data``."""
         self.config, self.progress, self.folder = config, progress, config.folder
+        self.ranks = ranks
         anew = not (config.resume or config.overwrite or config.replay)
         if (self.folder / "last.pt").exists() and anew:
             raise ValueError(
                 f"{self.folder} already holds a run: resume it, overwrite it, or choose another "
                 "output"
             )
-        self.device = resolve_device(config.device)
+        self.device = resolve_device(config.device, ranks)
+        if config.sync_batch_norm and ranks.count > 1 and self.device.type == "cpu":
+            raise ValueError(
+                "sync_batch_norm needs GPUs: torch cannot synchronise batch norm on a CPU; leave "
+                "it out, or take a network without batch norm"
+            )
         data = data or load(config.data, config.data_dir)
         self.validation: tuple[Tensor, Tensor] | None = None
         self.data = data
@@ -101,6 +117,7 @@ class Trainer:
             flip=config.flip,
             seed=config.seed,
             channels_last=config.channels_last,
+            share=ranks.share,
         )
         torch.manual_seed(config.seed)
         mean, std = data.statistics()
@@ -111,9 +128,13 @@ class Trainer:
             "std": std,
         }
         self.network = build_model(**self.network_options).to(self.device)
+        if config.sync_batch_norm and ranks.count > 1:
+            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         if config.channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.method = self._build_method()
+        if ranks.count > 1:
+            self.method.join(ranks)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(),
             lr=config.optimizer.lr,
@@ -137,7 +158,7 @@ class Trainer:
         # the state at some step, and whether each step since was skipped
         self._before: dict[str, Any] = {}
         self._flags: list[Tensor] = []
-        self.stop = StopRequest()
+        self.stop = StopRequest(ranks.highest if ranks.count > 1 else None)
         if config.replay:
             self._load(config.replay, checkpoint.load(config.replay))
         elif config.resume:
@@ -145,6 +166,9 @@ class Trainer:
         self.student: nn.Module = self.network
         if config.compile:
             self.student = cast(nn.Module, torch.compile(self.network))
+        # What the loss is taken of; the attack, which needs no gradient of a weight, runs on the
+        # student itself, without communication.
+        self.averaging = self.student
 
     def _build_method(self) -> Method:
         method, given = find_method(self.config.method), self.config.teachers
@@ -173,22 +197,31 @@ class Trainer:
         SIGTERM and SIGINT end it with a checkpoint, exact to the step, and raise Stopped; OSError,
         one line, tells where a file cannot be written.
         """
-        config = self.config
+        config, main = self.config, self.ranks.main
         started = time.perf_counter()
+        if self.ranks.count > 1:
+            device_ids = [self.device] if self.device.type == "cuda" else None
+            # Batch statistics are averaged with each step, see _train_step.
+            self.averaging = DistributedDataParallel(
+                self.student, device_ids, broadcast_buffers=False
+            )
         title = f"{config.method} {config.model} on {config.data}, seed {config.seed}"
-        if not config.resume:
+        if main and not config.resume:
             for name in (*CHECKPOINTS, "results.json"):
                 (self.folder / name).unlink(missing_ok=True)
-        log = MetricsLog(
-            self.folder,
-            resume_step=self.step if config.resume else None,
-            in_epoch=self.batch > 0,
-            tensorboard=config.tensorboard,
-        )
+        log: MetricsLog = NoLog()
+        if main:
+            log = MetricsLog(
+                self.folder,
+                resume_step=self.step if config.resume else None,
+                in_epoch=self.batch > 0,
+                tensorboard=config.tensorboard,
+            )
         try:
             with self.stop.listening():
                 again = replace(config, resume=False, overwrite=False)
-                write_json(self.folder / "config.json", to_plain(again))
+                if main:
+                    write_json(self.folder / "config.json", to_plain(again))
                 self.progress.begin(title, config.epochs, self.epoch)
                 try:
                     chosen, results = self._train_and_test(log)
@@ -216,7 +249,8 @@ class Trainer:
             "checkpoint": str(chosen),
             "seconds": seconds,
         }
-        write_json(self.folder / "results.json", summary)
+        if main:
+            write_json(self.folder / "results.json", summary)
         numbers = ", ".join(f"{name} {100 * value:.1f} %" for name, value in results.items())
         self.progress.end(f"{numbers} ({seconds:.0f} s)")
         return TrainResult(checkpoint=chosen, accuracy=results, seconds=seconds)
@@ -230,6 +264,7 @@ class Trainer:
                 self._save(log)
         chosen = self.folder / ("best.pt" if self.validation else "last.pt")
         network = self.evaluated
+        self.ranks.sum(0)  # rank 0 has written what the others may read
         if self.validation:
             network = checkpoint.load_network(chosen, self.device, config.model)[0]
         with self.stop.at_once():
@@ -241,6 +276,8 @@ class Trainer:
 
     def _save(self, log: MetricsLog) -> None:
         """Writes last.pt, and what the log has told until then."""
+        if not self.ranks.main:
+            return
         log.sync()
         previous = self.folder / "previous.pt"
         checkpoint.save(self.folder / "last.pt", self.state(), previous=previous)
@@ -263,6 +300,7 @@ class Trainer:
             max_value=self.data.max_value,
             device=self.device,
             steps=steps,
+            ranks=self.ranks,
             progress=lambda name, done, total: self.progress.within(
                 self.batch / len(self.batches), f"{name} {100 * done / total:.0f} %"
             ),
@@ -332,7 +370,8 @@ class Trainer:
             text += f", validation {100 * results['weighted']:.1f} %"
             if results["weighted"] > self.best:
                 self.best = results["weighted"]
-                checkpoint.save(self.folder / "best.pt", self.state())
+                if self.ranks.main:
+                    checkpoint.save(self.folder / "best.pt", self.state())
         log.write("epoch", self.step, seconds=seconds, **fields, **results)
         return text
 
@@ -355,11 +394,13 @@ class Trainer:
             x_adv = self.method.perturb(self.student, x, labels)
         with self._perturbed(x, x_adv, labels):
             with self._autocast():
-                loss = self.method.loss(self.student, x, x_adv, labels)
+                loss = self.method.loss(self.averaging, x, x_adv, labels)
             self.optimizer.zero_grad()
             loss.backward()
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
             loss = loss.detach()
+            # The parts are of one size, so the mean of their means is that of the batch.
+            self.ranks.mean_([loss, *(b for b in buffers if b.is_floating_point())])
             skipped = ~(torch.nn.utils.get_total_norm(gradients) + loss).isfinite()
             # The fused step reads this attribute; torch.amp.GradScaler sets it in the same way.
             self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
@@ -385,7 +426,7 @@ class Trainer:
             self.method.train()
             return value
 
-        return perturbed_weights(self.network, awp.gamma, loss)
+        return perturbed_weights(self.network, awp.gamma, loss, self.ranks.mean_)
 
     def _update(self, average: nn.Module, skipped: Tensor) -> None:
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
@@ -414,7 +455,8 @@ class Trainer:
         """Keeps the state at the first step after a log line, until the next one."""
         if not self._before:
             # Its tensors live on, so these are copies; in host memory, which is there.
-            self._before = _copied(self.state()) if not self._non_finite.exists() else {"step": 0}
+            wanted = self.ranks.main and not self._non_finite.exists()
+            self._before = _copied(self.state()) if wanted else {"step": 0}
             self._flags = []
 
     @property
@@ -429,7 +471,9 @@ class Trainer:
         if not any(flags):
             return
         epoch, batch = self._before["epoch"], self._before["batch"] + flags.index(True)
-        x, labels = next(itertools.islice(self.batches.epoch(epoch), batch, None))
+        batches = copy.copy(self.batches)
+        batches.share = WHOLE
+        x, labels = next(itertools.islice(batches.epoch(epoch), batch, None))
         found = {
             "epoch": epoch,
             "batch": batch,
@@ -547,16 +591,25 @@ def train(
 ) -> TrainResult:
     """Runs one configuration to its last epoch; shows its progress if nobody else does.
 
-    Raises ValueError where another process trains in the same folder.
+    Where torchrun has started several processes, they train together and return the same; rank 0
+    alone shows and writes. Raises ValueError where another process trains in the same folder.
     """
-    if progress is None:
-        with Display() as display:
-            return train(config, display.run(), data)
-    with locked(config.folder, wait=False, name=".train.lock"):
-        remove_temporaries(config.folder)
-        return Trainer(config, progress, data).run()
+    with contextlib.ExitStack() as stack:
+        ranks = stack.enter_context(joined(config.device))
+        with ranks.together():
+            if not ranks.main:
+                progress = NoProgress()
+            elif progress is None:
+                progress = stack.enter_context(Display()).run()
+            if ranks.main:
+                stack.enter_context(locked(config.folder, wait=False, name=".train.lock"))
+                remove_temporaries(config.folder)
+            trainer = Trainer(config, progress, data, ranks)
+        return trainer.run()
 
 
 def replay(config: TrainConfig, progress: Progress, data: ImageData | None = None) -> Iterator[str]:
-    """See :meth:`Trainer.replay`."""
+    """See :meth:`Trainer.replay`. Raises ValueError in one of several processes."""
+    if launched():
+        raise ValueError("replay: one process does it; start it without torchrun")
     return Trainer(config, progress, data).replay()
