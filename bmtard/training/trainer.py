@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bmtard.data import Batches, ImageData, load
 from bmtard.models import build_model
+from bmtard.models.fold import FoldedBatchNorm
 from bmtard.training import checkpoint
 from bmtard.training.awp import perturbed_weights
 from bmtard.training.config import TrainConfig, saved_settings, to_plain
@@ -29,7 +30,7 @@ from bmtard.training.metrics import Display, MetricsLog, NoLog, NoProgress, Prog
 from bmtard.training.ranks import ALONE, Ranks, joined, launched
 from bmtard.training.signals import Stopped, StopRequest
 from bmtard.training.teachers import check_teacher, sample
-from bmtard.types import WHOLE
+from bmtard.types import WHOLE, Share
 
 # What may differ between a run and its continuation without changing its numbers.
 FREE_FIELDS = {
@@ -119,6 +120,11 @@ class Trainer:
             channels_last=config.channels_last,
             share=ranks.share,
         )
+        if self.batches.batch_size % (ranks.count * config.accumulate):
+            raise ValueError(
+                f"accumulate: batch_size must be a multiple of {config.accumulate} parts in each "
+                f"of {ranks.count} processes, got {self.batches.batch_size}"
+            )
         torch.manual_seed(config.seed)
         mean, std = data.statistics()
         self.network_options: dict[str, Any] = {
@@ -166,9 +172,11 @@ class Trainer:
         self.student: nn.Module = self.network
         if config.compile:
             self.student = cast(nn.Module, torch.compile(self.network))
-        # What the loss is taken of; the attack, which needs no gradient of a weight, runs on the
-        # student itself, without communication.
-        self.averaging = self.student
+        # What is attacked, which takes no gradient of a weight and no communication; and what the
+        # loss is taken of.
+        self.attacked = self.averaging = self.student
+        if config.fold_batch_norm:
+            self.attacked = FoldedBatchNorm(self.network)
 
     def _build_method(self) -> Method:
         method, given = find_method(self.config.method), self.config.teachers
@@ -184,6 +192,8 @@ class Trainer:
                 images, labels = sample(self.data, 256, self.device)
                 name = f"{role} {given[role].path}"
                 check_teacher(name, teachers[role], images, labels, self.data.num_classes)
+            if self.config.fold_batch_norm:
+                teachers[role] = FoldedBatchNorm(teachers[role]).eval()
         return method(self.config, teachers).to(self.device)
 
     @property
@@ -390,15 +400,13 @@ class Trainer:
         self.network.train()
         buffers = list(self.network.buffers())
         kept = [buffer.clone() for buffer in buffers]
-        with self._autocast():
-            x_adv = self.method.perturb(self.student, x, labels)
+        if isinstance(self.attacked, FoldedBatchNorm):
+            self.attacked.refresh()
+        x_adv = self._perturb(x, labels)
         with self._perturbed(x, x_adv, labels):
-            with self._autocast():
-                loss = self.method.loss(self.averaging, x, x_adv, labels)
             self.optimizer.zero_grad()
-            loss.backward()
+            loss = self._backward(x, x_adv, labels)
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-            loss = loss.detach()
             # The parts are of one size, so the mean of their means is that of the batch.
             self.ranks.mean_([loss, *(b for b in buffers if b.is_floating_point())])
             skipped = ~(torch.nn.utils.get_total_norm(gradients) + loss).isfinite()
@@ -410,6 +418,68 @@ class Trainer:
         if self.average is not None:
             self._update(self.average, skipped)
         return loss, skipped
+
+    def _perturb(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The images of the adversarial terms, a part at a time."""
+        parts, ranks = self.config.accumulate, self.ranks
+        devices = [self.device] if self.device.type == "cuda" else []
+        found = []
+        for k, (images, answers) in enumerate(
+            zip(x.chunk(parts), labels.chunk(parts), strict=True)
+        ):
+            self.method.share = Share(ranks.rank * parts + k, ranks.count * parts)
+            # Each part draws for the whole batch, so all but the last leave the generator alone.
+            again = torch.random.fork_rng(devices, enabled=k + 1 < parts)
+            with again, self._autocast():
+                found.append(self.method.perturb(self.attacked, images, answers))
+        self.method.share = ranks.share
+        return found[0] if parts == 1 else torch.cat(found)
+
+    def _backward(self, x: Tensor, x_adv: Tensor, labels: Tensor) -> Tensor:
+        """Leaves the gradients of the loss, and returns it, without graph."""
+        parts, method = self.config.accumulate, self.method
+        if parts == 1:
+            with self._autocast():
+                loss = method.loss(self.averaging, x, x_adv, labels)
+            loss.backward()
+            return loss.detach()
+        moved = self._move(x, x_adv, labels) if list(method.buffers()) else {}
+        method.eval()
+        losses = []
+        for k, part in enumerate(zip(*(t.chunk(parts) for t in (x, x_adv, labels)), strict=True)):
+            exchange: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if isinstance(self.averaging, DistributedDataParallel) and k + 1 < parts:
+                exchange = self.averaging.no_sync()
+            with exchange:
+                with self._autocast():
+                    loss = method.loss(self.averaging, *part) / parts
+                loss.backward()
+            losses.append(loss.detach())
+        method.train()
+        for buffer, value in moved.items():
+            buffer.copy_(value)
+        return torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def _move(self, x: Tensor, x_adv: Tensor, labels: Tensor) -> dict[Tensor, Tensor]:
+        """Moves the method's state as one step on the whole batch does.
+
+        What moves after its use is put back, to be used; returns its buffers and their new values.
+        """
+        parts, later = self.config.accumulate, self.method.moves_after_use()
+        before = [buffer.clone() for buffer in later]
+        counted = list(self.network.buffers())
+        kept = [buffer.clone() for buffer in counted]
+
+        def student(images: Tensor) -> Tensor:
+            return torch.cat([self.student(part) for part in images.chunk(parts)])
+
+        with self._autocast():
+            self.method.loss(student, x, x_adv, labels)
+        moved = {buffer: buffer.clone() for buffer in later}
+        for buffer, value in zip([*counted, *later], [*kept, *before], strict=True):
+            buffer.copy_(value)
+        return moved
 
     def _perturbed(
         self, x: Tensor, x_adv: Tensor, labels: Tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "trades": {"method": "trades", "attack": replace(BASE.attack, random_start="gaussian")},
     "bmtard-sign": {"method": "bmtard", "balance": SIGN},
     "bmtard-bisect": {"method": "bmtard", "balance": BISECT, "awp": AWPConfig(gamma=0.01)},
+    "accumulated": {"method": "bmtard", "balance": SIGN, "accumulate": 3},
+    "accumulated-bisect": {"method": "bmtard", "balance": BISECT, "accumulate": 2},
     "bad": {"method": f"{__name__}:NaNOnOne", "max_skipped": 0.5},
     "batch-norm": {"method": "mtard", "model": "cnn-2", "balance": BISECT},
 }
@@ -218,9 +221,14 @@ def test_two_ranks_equal_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name, config in runs(tmp_path / "one").items():
         if name in ("bad", "batch-norm"):
             continue
-        trainer = Trainer(config, Quiet(), data)
+        trainer = Trainer(replace(config, accumulate=1), Quiet(), data)
         trainer.run()
         state = trainer.state()
+        if config.accumulate > 1:
+            both = Trainer(replace(config, output=tmp_path / f"{name}-alone"), Quiet(), data)
+            both.run()
+            for part in LEARNED:
+                compare(both.state()[part], state[part], f"{name} alone, {part}")
         for part in LEARNED:
             compare(first[name][part], state[part], f"{name}, {part}")
         for event in ("train", "epoch", "test"):
@@ -294,14 +302,18 @@ def test_torchrun_is_stopped_and_goes_on(tmp_path: Path) -> None:
     assert len(re.findall(message, output)) == 1, output
     assert checkpoint.load(folder / "last.pt")["step"] == 6
 
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
     finished = torchrun(folder, "--resume")
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("checkpoint: ") == 1
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == list(range(1, 9))
     one = tmp_path / "one"
     assert cli.main([*OPTIONS, f"--output={one}"]) == 0
-    for name in ("last.pt", "best.pt"):
-        for part in ("model", "optimizer", "step", "random"):
-            state, alone = (checkpoint.load(run / name)[part] for run in (folder, one))
-            compare(state, alone, f"{name}, {part}")
+    assert cli.main([*OPTIONS, f"--output={moved}", "--resume"]) == 0  # with fewer processes
+    for run in (folder, moved):
+        for name in ("last.pt", "best.pt"):
+            for part in ("model", "optimizer", "step", "random"):
+                state, alone = (checkpoint.load(path / name)[part] for path in (run, one))
+                compare(state, alone, f"{name}, {part}")
     assert not list(folder.glob("*.tmp"))

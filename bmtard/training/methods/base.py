@@ -109,6 +109,10 @@ class Method(nn.Module):
         """Called before every step."""
         self.progress = progress
 
+    def moves_after_use(self) -> list[Tensor]:
+        """Buffers that the loss moves after it has used them; the others move before."""
+        return []
+
     def observed(self) -> dict[str, Tensor]:
         """State worth a plot: tensors [K], one entry a teacher in the order of ``roles``."""
         return {}
