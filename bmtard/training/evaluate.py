@@ -200,4 +200,6 @@ def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used: {error}") from None
+    if ranks.count > 1 and device.type == "cuda":
+        torch.cuda.set_device(device)  # for whatever names none
     return device

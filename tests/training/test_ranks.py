@@ -27,7 +27,7 @@ from bmtard.training.config import AttackConfig, AWPConfig, BalanceConfig, Train
 from bmtard.training.evaluate import accuracies
 from bmtard.training.methods.standard import SAT
 from bmtard.training.metrics import read_metrics
-from bmtard.training.ranks import Ranks, SharedError, joined
+from bmtard.training.ranks import Ranks, SharedError, joined, local_device
 from bmtard.training.signals import StopRequest
 from bmtard.training.trainer import Trainer, train
 from bmtard.types import Share
@@ -271,6 +271,36 @@ def test_the_parts_of_a_batch_are_the_batch() -> None:
     for whole, *shares in zip(batches(Share()).epoch(1), *parts, strict=True):
         for k in range(2):
             assert torch.equal(torch.cat([share[k] for share in shares]), whole[k])
+
+
+def test_other_commands_are_for_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    for rank, wanted in ((1, ""), (0, "bmtard demo: one process does this; start it without")):
+        monkeypatch.setenv("RANK", str(rank))
+        assert cli.main(["demo"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(wanted)
+        assert bool(error) == bool(wanted)
+
+
+def test_devices_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert local_device("cuda", 4) == "cuda:3"
+    assert local_device("cuda:1", 1) == "cuda:1"
+    assert local_device("cpu", 4) == "cpu"
+    with pytest.raises(ValueError, match="device 'cuda:1': 4 processes need a GPU each"):
+        local_device("cuda:1", 4)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"accumulate": 0}, {"accumulate": 2, "awp": AWPConfig(gamma=0.1)}]
+)
+def test_options_defend_themselves(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="accumulate must be"):
+        replace(BASE, **changes)
 
 
 OPTIONS = (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bmtard.attacks import AttackLoss, Mode, RandomStart, cross_entropy, pgd
 from bmtard.training.config import TrainConfig
-from bmtard.training.ranks import Ranks
+from bmtard.training.ranks import ALONE, Ranks
 from bmtard.training.teachers import default_images
 from bmtard.types import WHOLE, Share
 
@@ -40,6 +40,8 @@ class Method(nn.Module):
     """the part of the training that is done, in [0, 1)"""
     share: Share = WHOLE
     """which part of each batch this process has; for :func:`bmtard.attacks.random_like`"""
+    ranks: Ranks = ALONE
+    """the processes that train together; ``ranks.mean_`` averages state that the images decide"""
 
     @classmethod
     def roles(cls, given: Sequence[str]) -> tuple[str, ...]:
@@ -65,7 +67,7 @@ class Method(nn.Module):
 
     def join(self, ranks: Ranks) -> None:
         """Makes this one of several processes that train together: one state of the balance."""
-        self.share = ranks.share
+        self.ranks, self.share = ranks, ranks.share
         for module in self.modules():
             if hasattr(module, "process_group"):
                 setattr(module, "process_group", ranks.group)  # noqa: B010 (mypy takes it for a buffer)
