@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from bmtard.extras import import_extra
 from bmtard.ops import multi_teacher_kl, pgd_step_
 from bmtard.ops._checks import is_number
+from bmtard.types import WHOLE, Share
 
 Norm = Literal["linf", "l2"]
 RandomStart = Literal["uniform", "gaussian", "none"]
@@ -114,6 +115,7 @@ def pgd(
     bounds: tuple[float | Tensor, float | Tensor] | None = (0.0, 1.0),
     mode: Mode = "eval",
     generator: torch.Generator | None = None,
+    share: Share = WHOLE,
 ) -> Tensor:
     """Projected gradient ascent (Madry et al., ICLR 2018): the images [N, ...] after ``steps``.
 
@@ -143,6 +145,8 @@ def pgd(
             ((0 - m) / s, (1 - m) / s), and epsilon in pixel units is divided by s.
         mode: how batch norm and dropout behave, see :func:`module_mode`.
         generator: of the random start, on the device of ``x``.
+        share: which part of a batch ``x`` is. The random start is drawn for the whole batch, so
+            that processes whose generators agree start together as one process would.
 
     Returns:
         A new tensor without gradient, within ``epsilon`` of ``x`` and within ``bounds`` if ``x``
@@ -173,7 +177,7 @@ def pgd(
         target_logits = None if target_logits is None else _for_autograd(target_logits)
         step = _Step(x, step_size, epsilon, bounds, norm)
         objective = _objective(x, labels, loss, target_logits)
-        x_adv = _start(x, step, random_start, start, clip_start, generator)
+        x_adv = _start(x, step, random_start, start, clip_start, generator, share)
         if mask is not None:
             x_adv = x_adv.where(mask, x)
         accumulated: Tensor | None = None
@@ -195,6 +199,23 @@ def pgd(
                 grad = grad.where(mask, 0)
             step(x_adv, grad)
     return x_adv
+
+
+def random_like(x: Tensor, fill: Callable[[Tensor], Tensor], share: Share = WHOLE) -> Tensor:
+    """A tensor like ``x`` [N, ...] of random numbers, as ``fill`` draws them into its argument.
+
+    share: which part of a batch ``x`` is; the numbers of the whole batch are drawn.
+    """
+    if share.count == 1:
+        return fill(torch.empty_like(x))
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    whole = torch.empty(
+        (share.count * len(x), *x.shape[1:]),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+    return fill(whole)[share.rows(len(whole))].clone()
 
 
 def fgsm(
@@ -445,6 +466,7 @@ def _start(
     start: Tensor | None,
     clip_start: bool | None,
     generator: torch.Generator | None,
+    share: Share,
 ) -> Tensor:
     if random_start not in ("uniform", "gaussian", "none"):
         raise ValueError(
@@ -457,23 +479,24 @@ def _start(
     elif random_start == "none":
         x_adv = x.clone()
     elif random_start == "gaussian":
-        x_adv = torch.empty_like(x).normal_(generator=generator).mul_(GAUSSIAN_START).add_(x)
+        noise = random_like(x, lambda t: t.normal_(generator=generator), share)
+        x_adv = noise.mul_(GAUSSIAN_START).add_(x)
     else:
-        x_adv = _uniform(x, step, generator)
+        x_adv = _uniform(x, step, generator, share)
     return step.clip(x_adv) if clip_start else x_adv
 
 
-def _uniform(x: Tensor, step: _Step, generator: torch.Generator | None) -> Tensor:
-    epsilon = step.epsilon
+def _uniform(x: Tensor, step: _Step, generator: torch.Generator | None, share: Share) -> Tensor:
     if step.norm == "linf":
-        if not isinstance(epsilon, Tensor):
-            return torch.empty_like(x).uniform_(-epsilon, epsilon, generator=generator).add_(x)
-        unit = torch.empty_like(x).uniform_(-1, 1, generator=generator)
-        return unit.mul_(epsilon).add_(x)
+        epsilon = step.epsilon
+        # Drawn at the radius where it is a number: a product rounds.
+        radius = 1.0 if isinstance(epsilon, Tensor) else epsilon
+        noise = random_like(x, lambda t: t.uniform_(-radius, radius, generator=generator), share)
+        return (noise.mul_(epsilon) if isinstance(epsilon, Tensor) else noise).add_(x)
     # Uniform in the l2 ball of D dimensions: a random direction, a radius of U^(1/D).
-    noise = torch.empty_like(x).normal_(generator=generator)
-    radius = torch.rand(len(x), device=x.device, dtype=x.dtype, generator=generator)
-    radius = radius ** (1 / max(x[:1].numel(), 1))
-    radius = radius.view(-1, *(1,) * (x.dim() - 1))
+    noise = random_like(x, lambda t: t.normal_(generator=generator), share)
+    part = random_like(x.new_empty(len(x)), lambda t: t.uniform_(generator=generator), share)
+    part = part ** (1 / max(x[:1].numel(), 1))
+    part = part.view(-1, *(1,) * (x.dim() - 1))
     length = _length(noise).clamp_(min=torch.finfo(x.dtype).tiny)
-    return noise.mul_(epsilon * radius / length).add_(x)
+    return noise.mul_(step.epsilon * part / length).add_(x)

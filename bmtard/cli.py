@@ -21,14 +21,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"bmtard: no command {name!r}\n\n{_help()}", file=sys.stderr)
         return 2
+    from bmtard.training.ranks import SharedError, launched, speaks
     from bmtard.training.signals import Stopped, terminable
     from bmtard.training.trainer import NonFiniteLossError
 
     try:
         with terminable():
+            if launched() and name not in ("train", "evaluate"):
+                raise SharedError("one process does this; start it without torchrun")
             return COMMANDS[name](rest) or 0
     except (ValueError, OSError, ImportError, NonFiniteLossError) as error:
-        print(f"bmtard {name}: {error}", file=sys.stderr)
+        if speaks() or not isinstance(error, (SharedError, NonFiniteLossError)):
+            print(f"bmtard {name}: {error}", file=sys.stderr)
         return 2
     except SystemExit as stop:  # of the option parser, which has said why
         return int(stop.code or 0)
@@ -41,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "demo": "; the same command goes on",
         }.get(name, "")
         hint = "" if "--resume" in message else hint
-        print(f"\nbmtard {name}: {message}{hint}", file=sys.stderr)
+        if speaks():
+            print(f"\nbmtard {name}: {message}{hint}", file=sys.stderr)
         return status
 
 
@@ -55,6 +60,7 @@ def _help() -> str:
 def _train(arguments: list[str]) -> None:
     """train a network: bmtard train PRESET|--config FILE [--option ...]"""
     from bmtard.training.metrics import Display, read_metrics
+    from bmtard.training.ranks import speaks
     from bmtard.training.report import plot_balance
     from bmtard.training.settings import train_config
     from bmtard.training.trainer import replay, train
@@ -66,6 +72,8 @@ def _train(arguments: list[str]) -> None:
                 display.print(line)
         return
     result = train(config)
+    if not speaks():
+        return
     if "weights" in read_metrics(config.folder / "metrics.jsonl")[0]:
         plot_balance({config.method: [config.folder]}, config.folder / "balance.png")
     print(f"checkpoint: {result.checkpoint}")
@@ -77,6 +85,7 @@ def _evaluate(arguments: list[str]) -> None:
     from bmtard.training.config import EvaluateConfig
     from bmtard.training.evaluate import evaluate
     from bmtard.training.metrics import Display, Progress
+    from bmtard.training.ranks import speaks
 
     wants_help = "-h" in arguments or "--help" in arguments
     if not wants_help and (not arguments or arguments[0].startswith("-")):
@@ -97,6 +106,8 @@ def _evaluate(arguments: list[str]) -> None:
                 attacks[name].begin(name, total)
 
         summary = evaluate(checkpoint, config, report, progress=progress)
+    if not speaks():
+        return
     for name, value in summary["weighted_robust_accuracy"].items():
         print(f"weighted, {name:14}{100 * value:6.2f} %")
     if summary["sanity"]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bmtard.extras import import_extra
+from bmtard.types import WHOLE, Share
 
 DATA_VARIABLE = "BMTARD_DATA"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
@@ -118,8 +119,12 @@ class Batches:
         flip: bool = False,
         seed: int = 0,
         channels_last: bool = False,
+        share: Share = WHOLE,
     ) -> None:
-        """``crop_padding``: pixels of zero padding before a random crop; ``flip``: left-right."""
+        """``crop_padding``: pixels of zero padding before a random crop; ``flip``: left-right.
+
+        ``share``: only this part of each batch, as it is in the whole one; with ``shuffle``.
+        """
         if batch_size < 1:
             raise ValueError(f"Batches: batch_size must be >= 1, got {batch_size}")
         self.device = torch.device(device)
@@ -129,6 +134,12 @@ class Batches:
             images, labels = images.pin_memory(), labels.pin_memory()
         self.images, self.labels = images, labels
         self.batch_size = min(batch_size, len(images))
+        if self.batch_size % share.count:
+            raise ValueError(
+                f"Batches: batch_size must be a multiple of the {share.count} processes, "
+                f"got {self.batch_size}"
+            )
+        self.share = share
         self.max_value = max_value
         self.shuffle = shuffle
         self.crop_padding = crop_padding
@@ -147,12 +158,13 @@ class Batches:
         order = order.to(self.images.device)
         for index in range(len(self)):
             rows = order[index * self.batch_size : (index + 1) * self.batch_size]
+            rows = rows[self.share.rows(len(rows))]
             images = self.images[rows].to(self.device, non_blocking=True)
             labels = self.labels[rows].to(self.device, non_blocking=True)
             if self.crop_padding:
-                images = random_crop(images, self.crop_padding, generator)
+                images = random_crop(images, self.crop_padding, generator, self.share)
             if self.flip:
-                images = random_flip(images, generator)
+                images = random_flip(images, generator, self.share)
             pixels = images.to(torch.float32).div_(self.max_value)
             yield pixels.contiguous(memory_format=self.memory_format), labels
 
@@ -162,11 +174,18 @@ def _free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
-def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Pads [B, c, h, w] with zeros and cuts a window of the old size, one offset an image."""
+def random_crop(
+    images: Tensor, padding: int, generator: torch.Generator, share: Share = WHOLE
+) -> Tensor:
+    """Pads [B, c, h, w] with zeros and cuts a window of the old size, one offset an image.
+
+    ``share``: which part of a batch they are; the offsets of the whole batch are drawn.
+    """
     count, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (padding,) * 4)
-    offsets = torch.randint(2 * padding + 1, (2, count), generator=generator).to(images.device)
+    total = share.count * count
+    offsets = torch.randint(2 * padding + 1, (2, total), generator=generator)
+    offsets = offsets[:, share.rows(total)].to(images.device)
     rows = offsets[0, :, None] + torch.arange(height, device=images.device)
     columns = offsets[1, :, None] + torch.arange(width, device=images.device)
     which = torch.arange(count, device=images.device)[:, None, None]
@@ -174,9 +193,10 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Ten
     return padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirrors each image of [B, c, h, w] left to right with probability 1/2."""
-    mirrored = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
+def random_flip(images: Tensor, generator: torch.Generator, share: Share = WHOLE) -> Tensor:
+    """Mirrors each image of [B, c, h, w] left to right with probability 1/2; as random_crop."""
+    total = share.count * len(images)
+    mirrored = (torch.rand(total, generator=generator) < 0.5)[share.rows(total)].to(images.device)
     return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -46,6 +47,22 @@ class TemperatureSearch(NamedTuple):
     """A :class:`SearchStatus`, int32."""
     iterations: Tensor
     """Entropy evaluations used, int32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Part ``index`` of the ``count`` equal parts in a row that processes make of a batch."""
+
+    index: int = 0
+    count: int = 1
+
+    def rows(self, total: int) -> slice:
+        """Its rows of a batch of ``total``, a multiple of ``count``."""
+        size = total // self.count
+        return slice(self.index * size, (self.index + 1) * size)
+
+
+WHOLE = Share()
 
 
 class BalanceState(NamedTuple):

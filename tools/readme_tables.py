@@ -4,8 +4,9 @@
     python tools/readme_tables.py --check  # exit 1 if they and the files disagree
 
 A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``. The names of README.md are
-those in TABLES; ``reproduce-PRESET``, in any of the documents, is the accuracy table of
-benchmarks/results/reproduce-PRESET.json, which is a results.json of ``bmtard reproduce PRESET``.
+those in TABLES, that of docs/scaling.md is ``step-options``; ``reproduce-PRESET``, in any of the
+documents, is the accuracy table of benchmarks/results/reproduce-PRESET.json, which is a
+results.json of ``bmtard reproduce PRESET``.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def cells(records: dict[str, Record], providers: Sequence[str]) -> list[str]:
     return [duration(records["bmtard"].best.median_us), *ratios]
 
 
-def source(report: Report, name: str) -> str:
+def source(report: Report, name: str, folder: str = "") -> str:
+    """``folder``: the way from the document to the root."""
     machine = report.machine
     plural = "s" if report.threads > 1 else ""
     clock = {"cpu_time": "CPU time", "wall": "wall clock"}[
@@ -88,7 +90,7 @@ def source(report: Report, name: str) -> str:
         f"float32; {clock}; {machine['processor']}, {report.threads} thread{plural}, kernels "
         f"{machine['kernels']}, load {machine['load']}; torch {machine['torch']}; "
         f"{report.date[:10]}; `{report.command}`; "
-        f"[benchmarks/results/{name}](benchmarks/results/{name})."
+        f"[benchmarks/results/{name}]({folder}benchmarks/results/{name})."
     )
 
 
@@ -135,7 +137,7 @@ def step() -> str:
     report = load_report(RESULTS / name)
     rows = []
     for record in report.records:
-        if record.phases_ms:
+        if record.phases_ms and record.provider in ("bmtard", "eager"):
             total = sum(record.phases_ms.values())
             phases = [record.phases_ms[phase] for phase in ("attack", "head")]
             rows.append(
@@ -153,12 +155,55 @@ def step() -> str:
     return f"{markdown_table(header, rows)}\n\n{batch} images of {size}; {source(report, name)}"
 
 
+def step_options() -> str:
+    name = "cpu-step.json"
+    report = load_report(RESULTS / name)
+    titles = {
+        "eager": "published code",
+        "ops-alone": "bmtard's ops alone",
+        "channels-last": "and channels_last",
+        "folded": "and folded batch norm",
+        "bmtard": "and both",
+    }
+    records = {record.provider: record for record in report.records if record.phases_ms}
+    rows = []
+    for provider, title in titles.items():
+        record = records[provider]
+        milliseconds = (record.phases_ms[phase] for phase in ("attack", "teachers"))
+        rows.append(
+            [
+                title,
+                duration(record.best.median_us),
+                interval_cell(record),
+                *(duration(1e3 * value) for value in milliseconds),
+            ]
+        )
+    header = ["One training step", "Whole", "Over that with both", "PGD-10", "Teachers"]
+    batch, *image = report.records[0].dims
+    size = " x ".join(map(str, image))
+    return (
+        f"{markdown_table(header, rows)}\n\n"
+        "In brackets the 99 % interval of the ratio; student cnn-8, teachers cnn-16 and cnn-8; "
+        f"{batch} images of {size}; {source(report, name, '../')}"
+    )
+
+
+def interval_cell(record: Record) -> str:
+    ratio = record.best.ratio
+    assert ratio is not None
+    if record.provider == "bmtard":
+        return "-"
+    return f"{ratio.median:.2f} ({ratio.low:.2f} - {ratio.high:.2f})"
+
+
 TABLES: dict[str, Callable[[], str]] = {"demo": demo, "head": head, "ops": ops, "step": step}
 
 
 def filled(text: str, document: str = "README.md") -> str:
     """``text`` of a document with every table as the result files have it."""
     tables = dict(TABLES) if document == "README.md" else {}
+    if document == "docs/scaling.md":
+        tables["step-options"] = step_options
     folder = str(Path(document).parent)
     for name in re.findall(r"<!-- begin (reproduce-[\w-]+) -->", text):
         tables[name] = partial(accuracy, f"{name}.json", folder)

@@ -9,7 +9,7 @@ import copy
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,11 +46,13 @@ class TrainingStep(ABC):
     """
 
     def __init__(self) -> None:
-        self.student: nn.Module | None = None
+        self.inputs: TrainingInputs | None = None
 
-    def start(self, inputs: TrainingInputs) -> None:
-        self.student = copy.deepcopy(inputs.student)
-        self.optimizer = make_optimizer(self.student)
+    def start(self, inputs: TrainingInputs) -> TrainingInputs:
+        """What the steps work on, the student included."""
+        student = copy.deepcopy(inputs.student)
+        self.optimizer = make_optimizer(student)
+        return replace(inputs, student=student)
 
     @abstractmethod
     def attack(self, student: nn.Module, inputs: TrainingInputs) -> Tensor: ...
@@ -67,10 +69,10 @@ class TrainingStep(ABC):
         self, inputs: TrainingInputs, mark: Callable[[str], None] | None = None
     ) -> Outputs:
         """``mark`` is called at the end of each phase, with its name."""
-        if self.student is None:
-            self.start(inputs)
-        student = self.student
-        assert student is not None
+        if self.inputs is None:
+            self.inputs = self.start(inputs)
+        inputs = self.inputs
+        student = inputs.student
         done = mark or (lambda phase: None)
         x_adv = self.attack(student, inputs)
         done("attack")

@@ -233,7 +233,11 @@ class TrainConfig:
     epochs: int = 300
     """passes over the training images"""
     batch_size: int = 128
-    """images in a step; the last, incomplete batch of an epoch is left out"""
+    """images in a step, of all processes together; the last, incomplete batch of an epoch is left
+    out"""
+    accumulate: int = 1
+    """parts of a batch that go through the student one after the other, for less memory: gradients
+    add up, and the balance moves once a step, on the whole batch; not with awp"""
     crop_padding: int = 4
     """pixels of zero padding before the random crop; 0 for no crop"""
     flip: bool = True
@@ -258,6 +262,12 @@ class TrainConfig:
     """memory layout of images and convolutions"""
     compile: bool = False
     """torch.compile the student"""
+    fold_batch_norm: bool = False
+    """in attacks in eval mode and in teachers, batch norm as part of the convolution before it: the
+    same up to rounding, and faster"""
+    sync_batch_norm: bool = False
+    """with several processes: batch statistics of the whole batch, not of each process's part; on
+    GPUs alone"""
     output: Path | None = None
     """folder for the checkpoints, metrics.jsonl and results.json; default:
     runs/DATA-METHOD-MODEL-seedN"""
@@ -298,8 +308,8 @@ class TrainConfig:
             require(self, "method", False, f"{names} or package.module:Class")
         require(self, "ema", 0 <= self.ema < 1, "in [0, 1)")
         for name in (
-            "epochs", "batch_size", "log_every", "checkpoint_every", "validation_every",
-            "validation_steps",
+            "epochs", "batch_size", "accumulate", "log_every", "checkpoint_every",
+            "validation_every", "validation_steps",
         ):  # fmt: skip
             require(self, name, getattr(self, name) >= 1, ">= 1")
         limit, seed = self.train_limit, self.validation_seed
@@ -308,6 +318,10 @@ class TrainConfig:
         require(self, "crop_padding", self.crop_padding >= 0, ">= 0")
         require(self, "seed", 0 <= self.seed < 2**40, "in [0, 2^40)")
         require(self, "validation_fraction", 0 <= self.validation_fraction < 1, "in [0, 1)")
+        plain = self.accumulate == 1 or not self.awp.gamma
+        require(self, "accumulate", plain, "1 with awp")
+        folded = not (self.fold_batch_norm and self.compile)
+        require(self, "fold_batch_norm", folded, "false with compile")
         require(self, "max_skipped", 0 <= self.max_skipped <= 1, "in [0, 1]")
 
     @property

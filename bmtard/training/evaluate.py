@@ -16,6 +16,7 @@ from bmtard.data import Batches, ImageData, load
 from bmtard.training.checkpoint import load_network
 from bmtard.training.config import EvaluateConfig, to_plain
 from bmtard.training.files import write_json
+from bmtard.training.ranks import ALONE, Ranks, joined, local_device
 from bmtard.training.sanity import check_sanity
 
 # step sizes as parts of epsilon
@@ -43,6 +44,7 @@ def accuracies(
     square_queries: int = 5000,
     seed: int = 0,
     steps: int | None = None,
+    ranks: Ranks = ALONE,
     report: Callable[[str, float], None] = lambda name, accuracy: None,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> dict[str, float]:
@@ -50,17 +52,21 @@ def accuracies(
 
     images: uint8 [N, c, h, w]. steps: of the attacks by gradient steps, instead of their own
     number. ``report`` is called with each result as it comes, ``progress`` with the attack, the
-    batches done and all of them.
+    batches done and all of them. ranks: each takes every ``ranks.count``-th batch, and all return
+    what one would: a random start is a function of ``seed`` and the number of the batch.
     """
     batches = Batches(images, labels, batch_size=batch_size, device=device, max_value=max_value)
     network.eval()
     results: dict[str, float] = {}
     for name in ("clean", *attacks):
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator(device)
         correct = torch.zeros((), dtype=torch.int64, device=device)
         for index, (x, y) in enumerate(batches.epoch()):
+            if index % ranks.count != ranks.rank:
+                continue
             progress(name, index, len(batches))
             check_images(x)
+            generator.manual_seed((seed << 20) + index)
             if name in ("square", "autoattack"):
                 options: dict[str, Any] = {"epsilon": epsilon, "norm": norm, "seed": seed}
                 if name == "square":
@@ -85,7 +91,7 @@ def accuracies(
                 )
             with torch.no_grad():
                 correct += (network(x).argmax(1) == y).sum()
-        results[name] = int(correct) / len(images)
+        results[name] = ranks.sum(int(correct)) / len(images)
         report(name, results[name])
     return results
 
@@ -106,15 +112,31 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a checkpoint on the test images of its data set and writes the JSON file.
 
-    ``data``: already loaded, else that of the checkpoint.
+    ``data``: already loaded, else that of the checkpoint. Where torchrun has started several
+    processes, they share the images; rank 0 alone looks whether to believe it, and writes.
     """
-    device = resolve_device(config.device)
-    network, state = load_network(path, device, config.model)
+    with joined(config.device) as ranks:
+        return _evaluate(path, config, report, data, progress, ranks)
+
+
+def _evaluate(
+    path: Path,
+    config: EvaluateConfig,
+    report: Callable[[str, float], None],
+    data: ImageData | None,
+    progress: Callable[[str, int, int], None],
+    ranks: Ranks,
+) -> dict[str, Any]:
     surrogate: nn.Module | None = None
-    if config.surrogate:
-        surrogate = load_network(config.surrogate, device, config.model)[0]
-    trained = state["config"]
-    data = data or load(trained["data"], config.data_dir or trained["data_dir"])
+    if not ranks.main:
+        report, progress = lambda name, accuracy: None, lambda name, done, total: None
+    with ranks.together():
+        device = resolve_device(config.device, ranks)
+        network, state = load_network(path, device, config.model)
+        if config.surrogate:
+            surrogate = load_network(config.surrogate, device, config.model)[0]
+        trained = state["config"]
+        data = data or load(trained["data"], config.data_dir or trained["data_dir"])
     epsilon: float = config.epsilon or trained["attack"]["epsilon"]
     config = replace(config, epsilon=epsilon)
     started = time.perf_counter()
@@ -131,11 +153,12 @@ def evaluate(
         surrogate=surrogate,
         square_queries=config.square_queries,
         seed=config.seed,
+        ranks=ranks,
         report=report,
         progress=progress,
     )
     sanity: dict[str, Any] | None = None
-    if config.sanity:
+    if config.sanity and ranks.main:
         count = min(config.sanity, config.limit or config.sanity)
         sanity = check_sanity(
             network,
@@ -161,13 +184,15 @@ def evaluate(
         "seconds": seconds,
     }
     output = config.output or path.with_name("evaluation.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, summary)
+    if ranks.main:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, summary)
     return summary
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     """A device by name; "auto" is CUDA where there is one. Raises ValueError if it is not there."""
+    name = local_device(name, ranks.count)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -175,4 +200,6 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used: {error}") from None
+    if ranks.count > 1 and device.type == "cuda":
+        torch.cuda.set_device(device)  # for whatever names none
     return device

@@ -68,6 +68,22 @@ class MetricsLog:
             self._writer.close()
 
 
+class NoLog(MetricsLog):
+    """That of a process for which rank 0 writes."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _row(line: str) -> dict[str, Any] | None:
     """None for a line that was cut while it was written."""
     try:
@@ -100,6 +116,25 @@ class Progress(Protocol):
 
     def end(self, text: str) -> None:
         """The run is over, with this result."""
+
+
+class NoProgress:
+    """That of a process for which rank 0 speaks."""
+
+    def begin(self, title: str, total: int, done: int = 0) -> None:
+        pass
+
+    def advance(self, text: str) -> None:
+        pass
+
+    def within(self, part: float, text: str) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def end(self, text: str) -> None:
+        pass
 
 
 class Display:

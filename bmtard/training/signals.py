@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
@@ -27,12 +27,15 @@ class Stopped(KeyboardInterrupt):
 class StopRequest:
     """Whether a signal has asked to stop, while ``listening``.
 
-    A second signal does not wait: it raises KeyboardInterrupt where it is.
+    A second signal does not wait: it raises KeyboardInterrupt where it is. Not so where processes
+    stop together: there a launcher passes on what the terminal has sent to all of them already.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
+        """agree: gives the highest of the numbers that all the processes call it with."""
         self._number: int | None = None
         self._at_once = False
+        self._agree = agree
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -62,12 +65,17 @@ class StopRequest:
             self._at_once = False
 
     def check(self) -> None:
-        """Raises Stopped if a signal has come."""
-        if self._number is not None:
-            raise Stopped(self._number)
+        """Raises Stopped if a signal has come, to any of the processes that stop together."""
+        number = self._number or 0
+        if self._agree is not None:
+            number = self._agree(number)
+        if number:
+            raise Stopped(number)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._number is not None:
+            if self._agree is not None:
+                return
             raise KeyboardInterrupt
         self._number = number
         if self._at_once:

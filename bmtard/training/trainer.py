@@ -15,18 +15,22 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from bmtard.data import Batches, ImageData, load
 from bmtard.models import build_model
+from bmtard.models.fold import FoldedBatchNorm
 from bmtard.training import checkpoint
 from bmtard.training.awp import perturbed_weights
 from bmtard.training.config import TrainConfig, saved_settings, to_plain
 from bmtard.training.evaluate import accuracies, resolve_device, weighted
 from bmtard.training.files import locked, remove_temporaries, write_json
 from bmtard.training.methods import Method, find_method
-from bmtard.training.metrics import Display, MetricsLog, Progress
+from bmtard.training.metrics import Display, MetricsLog, NoLog, NoProgress, Progress
+from bmtard.training.ranks import ALONE, Ranks, joined, launched
 from bmtard.training.signals import Stopped, StopRequest
 from bmtard.training.teachers import check_teacher, sample
+from bmtard.types import WHOLE, Share
 
 # What may differ between a run and its continuation without changing its numbers.
 FREE_FIELDS = {
@@ -63,20 +67,33 @@ class Trainer:
     statistics, without a look at the device; they are counted, and too many in an epoch are an
     error. The first one is saved as non-finite.pt, see :meth:`replay`. On the CPU a resumed run
     equals an uninterrupted one bit for bit.
+
+    With several ``ranks`` each has its part of every batch, random numbers and state are the same
+    on all of them, and rank 0 writes.
     """
 
     def __init__(
-        self, config: TrainConfig, progress: Progress, data: ImageData | None = None
+        self,
+        config: TrainConfig,
+        progress: Progress,
+        data: ImageData | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """``data``: already loaded, else by ``config.data``."""
         self.config, self.progress, self.folder = config, progress, config.folder
+        self.ranks = ranks
         anew = not (config.resume or config.overwrite or config.replay)
         if (self.folder / "last.pt").exists() and anew:
             raise ValueError(
                 f"{self.folder} already holds a run: resume it, overwrite it, or choose another "
                 "output"
             )
-        self.device = resolve_device(config.device)
+        self.device = resolve_device(config.device, ranks)
+        if config.sync_batch_norm and ranks.count > 1 and self.device.type == "cpu":
+            raise ValueError(
+                "sync_batch_norm needs GPUs: torch cannot synchronise batch norm on a CPU; leave "
+                "it out, or take a network without batch norm"
+            )
         data = data or load(config.data, config.data_dir)
         self.validation: tuple[Tensor, Tensor] | None = None
         self.data = data
@@ -101,7 +118,13 @@ class Trainer:
             flip=config.flip,
             seed=config.seed,
             channels_last=config.channels_last,
+            share=ranks.share,
         )
+        if self.batches.batch_size % (ranks.count * config.accumulate):
+            raise ValueError(
+                f"accumulate: batch_size must be a multiple of {config.accumulate} parts in each "
+                f"of {ranks.count} processes, got {self.batches.batch_size}"
+            )
         torch.manual_seed(config.seed)
         mean, std = data.statistics()
         self.network_options: dict[str, Any] = {
@@ -111,9 +134,13 @@ class Trainer:
             "std": std,
         }
         self.network = build_model(**self.network_options).to(self.device)
+        if config.sync_batch_norm and ranks.count > 1:
+            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         if config.channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.method = self._build_method()
+        if ranks.count > 1:
+            self.method.join(ranks)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(),
             lr=config.optimizer.lr,
@@ -137,7 +164,7 @@ class Trainer:
         # the state at some step, and whether each step since was skipped
         self._before: dict[str, Any] = {}
         self._flags: list[Tensor] = []
-        self.stop = StopRequest()
+        self.stop = StopRequest(ranks.highest if ranks.count > 1 else None)
         if config.replay:
             self._load(config.replay, checkpoint.load(config.replay))
         elif config.resume:
@@ -145,6 +172,11 @@ class Trainer:
         self.student: nn.Module = self.network
         if config.compile:
             self.student = cast(nn.Module, torch.compile(self.network))
+        # What is attacked, which takes no gradient of a weight and no communication; and what the
+        # loss is taken of.
+        self.attacked = self.averaging = self.student
+        if config.fold_batch_norm:
+            self.attacked = FoldedBatchNorm(self.network)
 
     def _build_method(self) -> Method:
         method, given = find_method(self.config.method), self.config.teachers
@@ -160,6 +192,8 @@ class Trainer:
                 images, labels = sample(self.data, 256, self.device)
                 name = f"{role} {given[role].path}"
                 check_teacher(name, teachers[role], images, labels, self.data.num_classes)
+            if self.config.fold_batch_norm:
+                teachers[role] = FoldedBatchNorm(teachers[role]).eval()
         return method(self.config, teachers).to(self.device)
 
     @property
@@ -173,22 +207,31 @@ class Trainer:
         SIGTERM and SIGINT end it with a checkpoint, exact to the step, and raise Stopped; OSError,
         one line, tells where a file cannot be written.
         """
-        config = self.config
+        config, main = self.config, self.ranks.main
         started = time.perf_counter()
+        if self.ranks.count > 1:
+            device_ids = [self.device] if self.device.type == "cuda" else None
+            # Batch statistics are averaged with each step, see _train_step.
+            self.averaging = DistributedDataParallel(
+                self.student, device_ids, broadcast_buffers=False
+            )
         title = f"{config.method} {config.model} on {config.data}, seed {config.seed}"
-        if not config.resume:
+        if main and not config.resume:
             for name in (*CHECKPOINTS, "results.json"):
                 (self.folder / name).unlink(missing_ok=True)
-        log = MetricsLog(
-            self.folder,
-            resume_step=self.step if config.resume else None,
-            in_epoch=self.batch > 0,
-            tensorboard=config.tensorboard,
-        )
+        log: MetricsLog = NoLog()
+        if main:
+            log = MetricsLog(
+                self.folder,
+                resume_step=self.step if config.resume else None,
+                in_epoch=self.batch > 0,
+                tensorboard=config.tensorboard,
+            )
         try:
             with self.stop.listening():
                 again = replace(config, resume=False, overwrite=False)
-                write_json(self.folder / "config.json", to_plain(again))
+                if main:
+                    write_json(self.folder / "config.json", to_plain(again))
                 self.progress.begin(title, config.epochs, self.epoch)
                 try:
                     chosen, results = self._train_and_test(log)
@@ -216,7 +259,8 @@ class Trainer:
             "checkpoint": str(chosen),
             "seconds": seconds,
         }
-        write_json(self.folder / "results.json", summary)
+        if main:
+            write_json(self.folder / "results.json", summary)
         numbers = ", ".join(f"{name} {100 * value:.1f} %" for name, value in results.items())
         self.progress.end(f"{numbers} ({seconds:.0f} s)")
         return TrainResult(checkpoint=chosen, accuracy=results, seconds=seconds)
@@ -230,6 +274,7 @@ class Trainer:
                 self._save(log)
         chosen = self.folder / ("best.pt" if self.validation else "last.pt")
         network = self.evaluated
+        self.ranks.sum(0)  # rank 0 has written what the others may read
         if self.validation:
             network = checkpoint.load_network(chosen, self.device, config.model)[0]
         with self.stop.at_once():
@@ -241,6 +286,8 @@ class Trainer:
 
     def _save(self, log: MetricsLog) -> None:
         """Writes last.pt, and what the log has told until then."""
+        if not self.ranks.main:
+            return
         log.sync()
         previous = self.folder / "previous.pt"
         checkpoint.save(self.folder / "last.pt", self.state(), previous=previous)
@@ -263,6 +310,7 @@ class Trainer:
             max_value=self.data.max_value,
             device=self.device,
             steps=steps,
+            ranks=self.ranks,
             progress=lambda name, done, total: self.progress.within(
                 self.batch / len(self.batches), f"{name} {100 * done / total:.0f} %"
             ),
@@ -332,7 +380,8 @@ class Trainer:
             text += f", validation {100 * results['weighted']:.1f} %"
             if results["weighted"] > self.best:
                 self.best = results["weighted"]
-                checkpoint.save(self.folder / "best.pt", self.state())
+                if self.ranks.main:
+                    checkpoint.save(self.folder / "best.pt", self.state())
         log.write("epoch", self.step, seconds=seconds, **fields, **results)
         return text
 
@@ -351,15 +400,15 @@ class Trainer:
         self.network.train()
         buffers = list(self.network.buffers())
         kept = [buffer.clone() for buffer in buffers]
-        with self._autocast():
-            x_adv = self.method.perturb(self.student, x, labels)
+        if isinstance(self.attacked, FoldedBatchNorm):
+            self.attacked.refresh()
+        x_adv = self._perturb(x, labels)
         with self._perturbed(x, x_adv, labels):
-            with self._autocast():
-                loss = self.method.loss(self.student, x, x_adv, labels)
             self.optimizer.zero_grad()
-            loss.backward()
+            loss = self._backward(x, x_adv, labels)
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-            loss = loss.detach()
+            # The parts are of one size, so the mean of their means is that of the batch.
+            self.ranks.mean_([loss, *(b for b in buffers if b.is_floating_point())])
             skipped = ~(torch.nn.utils.get_total_norm(gradients) + loss).isfinite()
             # The fused step reads this attribute; torch.amp.GradScaler sets it in the same way.
             self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
@@ -369,6 +418,68 @@ class Trainer:
         if self.average is not None:
             self._update(self.average, skipped)
         return loss, skipped
+
+    def _perturb(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The images of the adversarial terms, a part at a time."""
+        parts, ranks = self.config.accumulate, self.ranks
+        devices = [self.device] if self.device.type == "cuda" else []
+        found = []
+        for k, (images, answers) in enumerate(
+            zip(x.chunk(parts), labels.chunk(parts), strict=True)
+        ):
+            self.method.share = Share(ranks.rank * parts + k, ranks.count * parts)
+            # Each part draws for the whole batch, so all but the last leave the generator alone.
+            again = torch.random.fork_rng(devices, enabled=k + 1 < parts)
+            with again, self._autocast():
+                found.append(self.method.perturb(self.attacked, images, answers))
+        self.method.share = ranks.share
+        return found[0] if parts == 1 else torch.cat(found)
+
+    def _backward(self, x: Tensor, x_adv: Tensor, labels: Tensor) -> Tensor:
+        """Leaves the gradients of the loss, and returns it, without graph."""
+        parts, method = self.config.accumulate, self.method
+        if parts == 1:
+            with self._autocast():
+                loss = method.loss(self.averaging, x, x_adv, labels)
+            loss.backward()
+            return loss.detach()
+        moved = self._move(x, x_adv, labels) if list(method.buffers()) else {}
+        method.eval()
+        losses = []
+        for k, part in enumerate(zip(*(t.chunk(parts) for t in (x, x_adv, labels)), strict=True)):
+            exchange: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if isinstance(self.averaging, DistributedDataParallel) and k + 1 < parts:
+                exchange = self.averaging.no_sync()
+            with exchange:
+                with self._autocast():
+                    loss = method.loss(self.averaging, *part) / parts
+                loss.backward()
+            losses.append(loss.detach())
+        method.train()
+        for buffer, value in moved.items():
+            buffer.copy_(value)
+        return torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def _move(self, x: Tensor, x_adv: Tensor, labels: Tensor) -> dict[Tensor, Tensor]:
+        """Moves the method's state as one step on the whole batch does.
+
+        What moves after its use is put back, to be used; returns its buffers and their new values.
+        """
+        parts, later = self.config.accumulate, self.method.moves_after_use()
+        before = [buffer.clone() for buffer in later]
+        counted = list(self.network.buffers())
+        kept = [buffer.clone() for buffer in counted]
+
+        def student(images: Tensor) -> Tensor:
+            return torch.cat([self.student(part) for part in images.chunk(parts)])
+
+        with self._autocast():
+            self.method.loss(student, x, x_adv, labels)
+        moved = {buffer: buffer.clone() for buffer in later}
+        for buffer, value in zip([*counted, *later], [*kept, *before], strict=True):
+            buffer.copy_(value)
+        return moved
 
     def _perturbed(
         self, x: Tensor, x_adv: Tensor, labels: Tensor
@@ -385,7 +496,7 @@ class Trainer:
             self.method.train()
             return value
 
-        return perturbed_weights(self.network, awp.gamma, loss)
+        return perturbed_weights(self.network, awp.gamma, loss, self.ranks.mean_)
 
     def _update(self, average: nn.Module, skipped: Tensor) -> None:
         decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
@@ -414,7 +525,8 @@ class Trainer:
         """Keeps the state at the first step after a log line, until the next one."""
         if not self._before:
             # Its tensors live on, so these are copies; in host memory, which is there.
-            self._before = _copied(self.state()) if not self._non_finite.exists() else {"step": 0}
+            wanted = self.ranks.main and not self._non_finite.exists()
+            self._before = _copied(self.state()) if wanted else {"step": 0}
             self._flags = []
 
     @property
@@ -429,7 +541,9 @@ class Trainer:
         if not any(flags):
             return
         epoch, batch = self._before["epoch"], self._before["batch"] + flags.index(True)
-        x, labels = next(itertools.islice(self.batches.epoch(epoch), batch, None))
+        batches = copy.copy(self.batches)
+        batches.share = WHOLE
+        x, labels = next(itertools.islice(batches.epoch(epoch), batch, None))
         found = {
             "epoch": epoch,
             "batch": batch,
@@ -547,16 +661,25 @@ def train(
 ) -> TrainResult:
     """Runs one configuration to its last epoch; shows its progress if nobody else does.
 
-    Raises ValueError where another process trains in the same folder.
+    Where torchrun has started several processes, they train together and return the same; rank 0
+    alone shows and writes. Raises ValueError where another process trains in the same folder.
     """
-    if progress is None:
-        with Display() as display:
-            return train(config, display.run(), data)
-    with locked(config.folder, wait=False, name=".train.lock"):
-        remove_temporaries(config.folder)
-        return Trainer(config, progress, data).run()
+    with contextlib.ExitStack() as stack:
+        ranks = stack.enter_context(joined(config.device))
+        with ranks.together():
+            if not ranks.main:
+                progress = NoProgress()
+            elif progress is None:
+                progress = stack.enter_context(Display()).run()
+            if ranks.main:
+                stack.enter_context(locked(config.folder, wait=False, name=".train.lock"))
+                remove_temporaries(config.folder)
+            trainer = Trainer(config, progress, data, ranks)
+        return trainer.run()
 
 
 def replay(config: TrainConfig, progress: Progress, data: ImageData | None = None) -> Iterator[str]:
-    """See :meth:`Trainer.replay`."""
+    """See :meth:`Trainer.replay`. Raises ValueError in one of several processes."""
+    if launched():
+        raise ValueError("replay: one process does it; start it without torchrun")
     return Trainer(config, progress, data).replay()

@@ -546,6 +546,24 @@ def check_real(loaded: data.ImageData, size: tuple[int, int, int]) -> None:
     assert all(0.1 < value < 0.5 for value in std)
 
 
+def write_part(path: Path, folder: Path, test: str) -> None:
+    """An npz of the first two images of each class of a real one, by the same name."""
+    content = {}
+    with np.load(path) as real:
+        for split in ("train", test):
+            labels, offset = real[f"y_{split}"], real[f"{split}_offset"]
+            chosen = np.sort(
+                np.concatenate([np.flatnonzero(labels == label)[:2] for label in np.unique(labels)])
+            )
+            joined = real[f"{split}_jpeg"]
+            files = [joined[offset[index] : offset[index + 1]] for index in chosen]
+            content[f"{split}_jpeg"] = np.concatenate(files)
+            content[f"{split}_offset"] = np.cumsum([0, *map(len, files)])
+            content[f"y_{split}"] = labels[chosen]
+        content["class_names"] = real["class_names"]
+    np.savez(folder / path.name, **content)
+
+
 @pytest.mark.parametrize(
     ("name", "pattern", "test", "size"),
     [
@@ -559,21 +577,7 @@ def test_part_of_a_real_npz(
     paths = sorted(real_folder().glob(pattern))
     if not paths:
         pytest.skip(f"no {pattern} in {data.DATA_VARIABLE}")
-    content = {}
-    with np.load(paths[0]) as real:
-        for split in ("train", test):
-            labels, offset = real[f"y_{split}"], real[f"{split}_offset"]
-            # the first two images of each class
-            chosen = np.sort(
-                np.concatenate([np.flatnonzero(labels == label)[:2] for label in np.unique(labels)])
-            )
-            joined = real[f"{split}_jpeg"]
-            files = [joined[offset[index] : offset[index + 1]] for index in chosen]
-            content[f"{split}_jpeg"] = np.concatenate(files)
-            content[f"{split}_offset"] = np.cumsum([0, *map(len, files)])
-            content[f"y_{split}"] = labels[chosen]
-        content["class_names"] = real["class_names"]
-    np.savez(tmp_path / paths[0].name, **content)
+    write_part(paths[0], tmp_path, test)
     check_real(data.load(name, tmp_path), size)
 
 

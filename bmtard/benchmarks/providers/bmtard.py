@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import bmtard
-from bmtard.attacks import pgd
+from bmtard.attacks import GAUSSIAN_START, pgd
+from bmtard.models.fold import FoldedBatchNorm
 
 from .. import training_step
 from ..ops import bmtard_loss, pgd_step
@@ -22,25 +25,44 @@ from ..training_step import TrainingInputs, TrainingStep
 
 
 class FusedStep(TrainingStep):
-    """The loop of examples/bmtard_loop.py, in the published mode."""
+    """The loop of examples/bmtard_loop.py in the published mode, with options of the trainer.
 
-    def __init__(self) -> None:
+    channels_last: the memory format of images and networks. folded: FoldedBatchNorm for the attack
+    and the teachers.
+    """
+
+    def __init__(self, *, channels_last: bool = True, folded: bool = True) -> None:
         super().__init__()
+        self.channels_last, self.folded = channels_last, folded
         self.balance = bmtard.BMTARDLoss(balance="sign", eps=bmtard_loss.EPS)
 
-    def start(self, inputs: TrainingInputs) -> None:
-        super().start(inputs)
+    def start(self, inputs: TrainingInputs) -> TrainingInputs:
+        inputs = super().start(inputs)
         self.balance.to(inputs.x.device)
+        robust, clean, x = copy.deepcopy((inputs.robust, inputs.clean, inputs.x))
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+            for network in (inputs.student, robust, clean):
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.attacked: nn.Module = inputs.student
+        if self.folded:
+            self.attacked = FoldedBatchNorm(inputs.student)
+            robust, clean = (FoldedBatchNorm(network).eval() for network in (robust, clean))
+        return replace(inputs, x=x, robust=robust, clean=clean)
 
     def attack(self, student: nn.Module, inputs: TrainingInputs) -> Tensor:
+        if isinstance(self.attacked, FoldedBatchNorm):
+            self.attacked.refresh()
+        # Drawn in the published order, whatever the memory format.
+        noise = torch.randn(inputs.x.shape, device=inputs.x.device)
         return pgd(
-            student,
+            self.attacked,
             inputs.x,
             inputs.labels,
             epsilon=training_step.EPSILON,
             step_size=training_step.STEP_SIZE,
             steps=training_step.STEPS,
-            random_start="gaussian",
+            start=torch.empty_like(inputs.x).copy_(noise).mul_(GAUSSIAN_START).add_(inputs.x),
         )
 
     def head(self, students: list[Tensor], teachers: list[Tensor]) -> Tensor:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from bmtard.attacks import AttackLoss, Mode, RandomStart, cross_entropy, pgd
 from bmtard.training.config import TrainConfig
+from bmtard.training.ranks import ALONE, Ranks
 from bmtard.training.teachers import default_images
+from bmtard.types import WHOLE, Share
 
 Network = Callable[[Tensor], Tensor]
 
@@ -36,6 +38,10 @@ class Method(nn.Module):
 
     progress: float
     """the part of the training that is done, in [0, 1)"""
+    share: Share = WHOLE
+    """which part of each batch this process has; for :func:`bmtard.attacks.random_like`"""
+    ranks: Ranks = ALONE
+    """the processes that train together; ``ranks.mean_`` averages state that the images decide"""
 
     @classmethod
     def roles(cls, given: Sequence[str]) -> tuple[str, ...]:
@@ -59,6 +65,13 @@ class Method(nn.Module):
         """Each teacher's role and the images that it sees where a method lets one choose."""
         return [[role, images] for role, images in self._images.items()]
 
+    def join(self, ranks: Ranks) -> None:
+        """Makes this one of several processes that train together: one state of the balance."""
+        self.ranks, self.share = ranks, ranks.share
+        for module in self.modules():
+            if hasattr(module, "process_group"):
+                setattr(module, "process_group", ranks.group)  # noqa: B010 (mypy takes it for a buffer)
+
     def teach(self, role: str, x: Tensor) -> Tensor:
         """The logits of a teacher."""
         with torch.no_grad():
@@ -78,6 +91,7 @@ class Method(nn.Module):
             random_start=self.start if attack.as_published else attack.random_start,
             clip_start=self.clip_start if attack.as_published else None,
             mode=self.attack_mode if attack.as_published else attack.batch_norm,
+            share=self.share,
         )
 
     def objective(self, student: nn.Module, x: Tensor, labels: Tensor) -> AttackLoss:
@@ -96,6 +110,10 @@ class Method(nn.Module):
     def set_progress(self, progress: float) -> None:
         """Called before every step."""
         self.progress = progress
+
+    def moves_after_use(self) -> list[Tensor]:
+        """Buffers that the loss moves after it has used them; the others move before."""
+        return []
 
     def observed(self) -> dict[str, Tensor]:
         """State worth a plot: tensors [K], one entry a teacher in the order of ``roles``."""

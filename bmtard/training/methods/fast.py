@@ -5,10 +5,9 @@ Both published attacks run the student in train mode, so that batch norm uses an
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from bmtard.attacks import pgd
+from bmtard.attacks import pgd, random_like
 from bmtard.training.config import TrainConfig
 from bmtard.training.methods.standard import SAT
 
@@ -32,6 +31,7 @@ class FGSMRS(SAT):
             norm=attack.norm,
             random_start="uniform",
             mode="train",
+            share=self.share,
         )
 
 
@@ -50,6 +50,7 @@ class NFGSM(SAT):
     def perturb(self, student: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
         options, epsilon = self.config.loss, self.config.attack.epsilon
         noise, step = options.n_fgsm_noise * epsilon, options.n_fgsm_step * epsilon
+        start = x + random_like(x, lambda t: t.uniform_(-noise, noise), self.share)
         return pgd(
             student,
             x,
@@ -57,7 +58,7 @@ class NFGSM(SAT):
             epsilon=noise + step,  # as far as noise and step can lead
             step_size=step,
             steps=1,
-            start=x + torch.empty_like(x).uniform_(-noise, noise),
+            start=start,
             clip_start=True,
             mode="train",
         )

@@ -85,6 +85,10 @@ class BMTARD(MTARD):
         factor = self.config.optimizer.balance_factor(progress)
         self.balance.temperature_lr.fill_(factor * self.config.balance.temperature_lr)
 
+    def moves_after_use(self) -> list[Tensor]:
+        assert isinstance(self.balance, BMTARDLoss)
+        return [self.balance.temperatures] if self.balance.balance == "sign" else []
+
     def observed(self) -> dict[str, Tensor]:
         names = ("temperatures", "entropies", "weights", "losses")
         return {name: getattr(self.balance, name) for name in names}
