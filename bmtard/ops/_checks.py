@@ -43,6 +43,14 @@ def check_temperature(op: str, name: str, value: float) -> None:
         )
 
 
+def check_own_temperature(op: str, value: str) -> None:
+    """For a student temperature in words."""
+    if value != "teacher":
+        raise ValueError(
+            f"{op}: student_temperature must be a number, a tensor or 'teacher', got {value!r}"
+        )
+
+
 def check_eps(op: str, eps: float) -> None:
     if not (is_number(eps) and (eps == 0 or LOWEST <= eps <= HIGHEST)):
         raise ValueError(
