@@ -22,7 +22,7 @@ from ..training_step import TrainingInputs, TrainingStep
 
 
 class FusedStep(TrainingStep):
-    """The loop of examples/bmtard_loop.py, in the published mode."""
+    """The step of examples/b_mtard.py, in the published mode."""
 
     def __init__(self) -> None:
         super().__init__()
