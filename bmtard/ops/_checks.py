@@ -93,7 +93,7 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
 
 def is_distributed(tensor: Tensor) -> bool:
     """Whether ``tensor`` is a DTensor, told by its class: torch may lack torch.distributed."""
-    return type(tensor) is not Tensor and hasattr(type(tensor), "full_tensor")
+    return hasattr(type(tensor), "full_tensor")
 
 
 def check_logits(op: str, name: str, logits: Tensor) -> None:
@@ -197,7 +197,7 @@ def same_kind(first: Any, tensors: Sequence[Any]) -> bool:
             and tensor.dtype is dtype
             and tensor.layout is torch.strided
             and tensor.device == device
-            and not is_distributed(tensor)
+            and (type(tensor) is Tensor or not is_distributed(tensor))
         ):
             return False
     return True
