@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from bmtard.ops._checks import (
     check_eps,
     check_floating,
     check_logits,
+    check_own_temperature,
     check_temperature,
     is_integer,
     is_number,
@@ -60,7 +63,10 @@ def check_settings(op: str, **settings: Any) -> None:
                 if not (is_number(value) and 0 < value < math.inf):
                     raise ValueError(f"{op}: {name} must be finite and > 0, got {value!r}")
             case "student_temperature":
-                check_temperature(op, name, value)
+                if isinstance(value, str):
+                    check_own_temperature(op, value)
+                elif not isinstance(value, Tensor):
+                    check_temperature(op, name, value)
             case "reduction":
                 _check_choice(op, name, value, ("mean", "batchmean", "sum"))
             case "eps":
@@ -220,6 +226,7 @@ class EntropyBalance(_Balance):
         teachers = _check_teachers("EntropyBalance", teacher_logits, self.temperatures)
         if not self.training:
             return self.temperatures.clone()
+        _warn_of_ranks("EntropyBalance", self.process_group)
         self._check_buffers()
         return self._step(teachers)
 
@@ -308,6 +315,7 @@ class NormalizationLossBalance(_Balance):
             )
         if not self.training:
             return self.weights.clone()
+        _warn_of_ranks("NormalizationLossBalance", self.process_group)
         self._check_buffers()
         losses = _all_reduce_mean(losses.detach().to(self.weights.dtype), self.process_group)
         initial = torch.where(self.step == 0, losses, self.initial_losses)
@@ -335,7 +343,7 @@ class BMTARDLoss(_Balance):
     :class:`NormalizationLossBalance`), and returns sum_k weight_k L_k, with the weights as
     constants. On CUDA one kernel launch does it all, gradient included; nothing is read back to
     the host. A step whose losses are not finite leaves the state as it was.
-    In ``eval()`` nothing is updated.
+    In ``eval()`` nothing is updated. Several calls for one optimizer step: :meth:`one_step`.
 
     Args:
         num_teachers: K, 1 to 16.
@@ -348,7 +356,9 @@ class BMTARDLoss(_Balance):
         temperature_momentum: of "bisect", 0 to below 1, in log space.
         weight_lr: 0 to 1; a buffer.
         loss_exponent: > 0, of the relative losses.
-        student_temperature: 1e-36 to 1e36.
+        student_temperature: 1e-36 to 1e36; "teacher", the temperature of the teacher at hand; or a
+            tensor, 0-d or [K], which becomes a buffer, or stays a parameter and learns. The last
+            two take a step apart into several launches.
         reduction: of each KL: "mean" over N * C as published, "batchmean" or "sum".
         eps: inside log(p + eps).
         process_group: averages losses and entropies over its ranks, so that all hold the same
@@ -374,6 +384,9 @@ class BMTARDLoss(_Balance):
     losses: Tensor
     temperature_lr: Tensor
     weight_lr: Tensor
+    # Of the step that one_step() holds: None outside of it, () before its first call, then the
+    # temperatures and weights of that call.
+    _held: tuple[Tensor, ...] | None = None
 
     def __init__(
         self,
@@ -385,7 +398,7 @@ class BMTARDLoss(_Balance):
         temperature_momentum: float = TEMPERATURE_MOMENTUM,
         weight_lr: float = WEIGHT_LR,
         loss_exponent: float = LOSS_EXPONENT,
-        student_temperature: float = 1.0,
+        student_temperature: float | Tensor | Literal["teacher"] = 1.0,
         reduction: str = "mean",
         eps: float = 0.0,
         process_group: dist.ProcessGroup | None = None,
@@ -402,8 +415,7 @@ class BMTARDLoss(_Balance):
         self.balance, self.reduction = balance, reduction
         self.temperature_momentum = float(temperature_momentum)
         self.loss_exponent = float(loss_exponent)
-        self.student_temperature, self.eps = float(student_temperature), float(eps)
-        self.process_group = process_group
+        self.eps, self.process_group = float(eps), process_group
         self._register(
             num_teachers,
             {
@@ -416,6 +428,21 @@ class BMTARDLoss(_Balance):
             temperature_lr=temperature_lr,
             weight_lr=weight_lr,
         )
+        self.student_temperature: float | Tensor | str
+        if isinstance(student_temperature, Tensor):
+            if student_temperature.shape not in ((), (num_teachers,)):
+                raise ValueError(
+                    f"BMTARDLoss: student_temperature must be a float, 0-d or [{num_teachers}], "
+                    f"got {list(student_temperature.shape)}"
+                )
+            if isinstance(student_temperature, nn.Parameter):
+                self.student_temperature = student_temperature
+            else:
+                self.register_buffer("student_temperature", student_temperature)
+        elif isinstance(student_temperature, str):
+            self.student_temperature = student_temperature
+        else:
+            self.student_temperature = float(student_temperature)
 
     def state(self) -> BalanceState:
         """The buffers that a step reads and writes, not copies of them."""
@@ -423,35 +450,99 @@ class BMTARDLoss(_Balance):
         buffers: Any = self._buffers
         return BalanceState(*[buffers[name] for name in BalanceState._fields])
 
+    @contextlib.contextmanager
+    def one_step(self) -> Iterator[None]:
+        """Makes all calls inside one step of the balance: for several calls per optimizer step.
+
+        The first call moves the balance; the others use the temperatures and weights of the first
+        and move nothing. So is a closure of LBFGS served, and a loss under activation checkpointing
+        (with ``backward()`` inside as well).
+
+        For gradient accumulation, the first call decides what the balance sees. Exactly one step on
+        the whole batch, in value, gradients and state: first call the loss without gradient on the
+        logits of all micro-batches, concatenated (both rules need all rows before the first
+        backward: the losses set the weights of this very step, and with "bisect" the entropies set
+        its temperatures); then on each micro-batch, times its share of the rows (with reduction
+        "sum": times 1)::
+
+            with criterion.one_step():
+                with torch.no_grad():
+                    criterion(all_student_logits, all_teacher_logits)
+                for student_logits, teacher_logits, share in micro_batches:
+                    (share * criterion(student_logits, teacher_logits)).backward()
+            optimizer.step()
+
+        Without that first call, the balance sees the first micro-batch alone, as a sample of the
+        batch. A trainer that owns the loop can enter and leave in its hooks. In ``eval()`` nothing
+        differs. Not to be nested: RuntimeError.
+        """
+        if self._held is not None:
+            raise RuntimeError("BMTARDLoss: one_step() is open already; leave it first")
+        self._held = ()
+        try:
+            yield
+        finally:
+            self._held = None
+
     def forward(self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor]) -> Tensor:
-        averages = self.process_group is not None and self.training
         state = self.state()
-        if averages or not ops.use_native(state.weights):
-            return self._stepwise(student_logits, teacher_logits)
+        if self._held is None or not self.training:
+            return self._loss(student_logits, teacher_logits, state, self.training)
+        if self._held:
+            temperatures, weights = self._held
+            held = state._replace(temperatures=temperatures, weights=weights)
+            return self._loss(student_logits, teacher_logits, held, False)
+        before = state.temperatures.clone()
+        loss = self._loss(student_logits, teacher_logits, state, True)
+        used = before if self.balance == "sign" else state.temperatures.clone()
+        self._held = used, state.weights.clone()
+        return loss
+
+    def _loss(
+        self,
+        student_logits: Sequence[Tensor],
+        teacher_logits: Sequence[Tensor],
+        state: BalanceState,
+        update: bool,
+    ) -> Tensor:
+        if update:
+            _warn_of_ranks("BMTARDLoss", self.process_group)
+        averages = self.process_group is not None and update
+        student_temperature = self.student_temperature
+        if (
+            averages
+            or not isinstance(student_temperature, float)
+            or not ops.use_native(state.weights)
+        ):
+            return self._stepwise(student_logits, teacher_logits, state, update)
         return ops.bmtard_loss(
             student_logits,
             teacher_logits,
             state,
-            update=self.training,
+            update=update,
             mode=self.balance,
             bounds=self.temperature_bounds,
             temperature_momentum=self.temperature_momentum,
             loss_exponent=self.loss_exponent,
-            student_temperature=self.student_temperature,
+            student_temperature=student_temperature,
             eps=self.eps,
             reduction=self.reduction,
         )
 
     def _stepwise(
-        self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor]
+        self,
+        student_logits: Sequence[Tensor],
+        teacher_logits: Sequence[Tensor],
+        state: BalanceState,
+        update: bool,
     ) -> Tensor:
         """The same step out of its parts: between them the ranks can average."""
-        students, teachers = ops.balanced_pairs(student_logits, teacher_logits, self.weights)
-        if self.training:
+        students, teachers = ops.balanced_pairs(student_logits, teacher_logits, state.weights)
+        if update:
             self._check_buffers()
         low, high = self.temperature_bounds
-        used, out_of_bounds = self.temperatures.clone(), _false(self.temperatures)
-        if self.training and self.balance == "bisect":
+        used, out_of_bounds = state.temperatures.clone(), _false(state.temperatures)
+        if update and self.balance == "bisect":
             gathered = _all_gather("BMTARDLoss", teachers, self.process_group)
             used, out_of_bounds = solve_temperatures(
                 gathered, used, self.temperature_bounds, self.temperature_momentum
@@ -460,36 +551,36 @@ class BMTARDLoss(_Balance):
             students,
             teachers,
             used,
-            student_temperature=self.student_temperature,
+            student_temperature=self.student_temperature,  # type: ignore[arg-type]
             reduction=self.reduction,
             eps=self.eps,
         )
-        if self.training:
+        if update:
             with torch.no_grad():
                 entropies = mean_entropies(
                     teachers, used, self.eps if self.balance == "sign" else 0.0
                 )
-                current = losses.detach().to(self.weights.dtype)
+                current = losses.detach().to(state.weights.dtype)
                 entropies, current = _all_reduce_mean(
                     torch.stack([entropies, current]), self.process_group
                 )
-                initial = torch.where(self.step == 0, current, self.initial_losses)
+                initial = torch.where(state.step == 0, current, state.initial_losses)
                 weights = reference.balanced_weights(
-                    current, initial, self.weights, self.weight_lr, self.loss_exponent
+                    current, initial, state.weights, state.weight_lr, self.loss_exponent
                 )
                 if self.balance == "sign":
-                    used = reference.sign_step(entropies, used, self.temperature_lr, low, high)
+                    used = reference.sign_step(entropies, used, state.temperature_lr, low, high)
                 finite = current.isfinite().all() & entropies.isfinite().all()
                 new = (used, weights, initial, entropies, current)
                 _commit(
                     finite,
                     out_of_bounds,
-                    self.step,
-                    self.status,
-                    zip(self.state()[: len(new)], new, strict=True),
+                    state.step,
+                    state.status,
+                    zip(state[: len(new)], new, strict=True),
                 )
         # A copy: the next step overwrites the buffer, maybe before this one's backward.
-        return (self.weights.to(losses.dtype, copy=True) * losses).sum()
+        return (state.weights.to(losses.dtype, copy=True) * losses).sum()
 
     def extra_repr(self) -> str:
         return (
@@ -551,6 +642,25 @@ def _commit(
         out_of_bounds, int(BalanceStatus.TARGET_OUT_OF_BOUNDS), int(BalanceStatus.UPDATED)
     )
     status.copy_(torch.where(finite, updated, int(BalanceStatus.SKIPPED_NON_FINITE)))
+
+
+_warned_of_ranks = False
+
+
+def _warn_of_ranks(op: str, group: dist.ProcessGroup | None) -> None:
+    """Warns once in a process where several ranks train and each moves a balance of its own."""
+    global _warned_of_ranks
+    if _warned_of_ranks or group is not None or torch.compiler.is_compiling():
+        return
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        _warned_of_ranks = True
+        warnings.warn(
+            f"{op}: torch.distributed has {dist.get_world_size()} ranks, but without process_group "
+            "each moves a balance of its own, and on different data they drift apart; pass "
+            "process_group=torch.distributed.group.WORLD",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _all_reduce_mean(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -658,3 +658,206 @@ def test_float16_under_a_gradient_scaler(device, path, reduction, scale, loss):
     for half, exact in zip(*outcomes, strict=True):
         # One rounding to float16, and half of its smallest number.
         torch.testing.assert_close(half.double(), exact, rtol=2e-3, atol=1e-7)
+
+
+# --- The temperature of the student ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["teacher", "0-d", "[K]", "parameter"])
+def test_temperature_of_the_student(path, mode, kind):
+    """Against the equation, at the temperatures and weights of the step."""
+    given = {
+        "teacher": "teacher",
+        "0-d": torch.tensor(2.5),
+        "[K]": torch.tensor([2.5, 0.7]),
+        "parameter": torch.nn.Parameter(torch.tensor([2.5, 0.7], dtype=torch.float64)),
+    }[kind]
+    loss = BMTARDLoss(
+        balance=mode, temperature_lr=0.5, weight_lr=0.5, reduction="batchmean",
+        student_temperature=given,
+    )  # fmt: skip
+    assert [name for name, _ in loss.named_parameters()] == (
+        ["student_temperature"] if kind == "parameter" else []
+    )
+    assert ("student_temperature" in loss.state_dict()) == (kind != "teacher")
+    for index in range(3):
+        student, teacher = batch(index)
+        student = [leaf(s) for s in student]
+        before = loss.temperatures.clone()
+        total = loss(student, teacher)
+        used = before if mode == "sign" else loss.temperatures
+        own = given
+        if kind == "teacher":
+            own = used
+        elif kind == "0-d":
+            own = given.expand(2)
+        expected = sum(
+            loss.weights[k] * oracles.torch_kl(student[k], teacher[k], used[k], own[k]).mean()
+            for k in range(2)
+        )
+        torch.testing.assert_close(total, expected)
+        inputs = [*student, *loss.parameters()]
+        for actual, wanted in zip(
+            torch.autograd.grad(total, inputs), torch.autograd.grad(expected, inputs), strict=True
+        ):
+            torch.testing.assert_close(actual, wanted)
+    assert loss.step == 3
+    assert loss.temperatures.max() > 1.2
+    again = copy.deepcopy(loss)
+    assert torch.equal(again(*batch(3)), loss(*batch(3)))
+
+
+# --- Several calls, one step -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
+@pytest.mark.parametrize("mode", MODES)
+def test_micro_batches_equal_the_whole_batch(path, mode, reduction):
+    """Value, gradients and state over several steps, on micro-batches of unequal sizes."""
+    whole, parts = (
+        BMTARDLoss(balance=mode, temperature_lr=0.3, weight_lr=0.4, reduction=reduction)
+        for _ in range(2)
+    )
+    rows = [slice(0, 3), slice(3, 4), slice(4, 16)]
+    for index in range(4):
+        student, teacher = batch(index)
+        expected_inputs, actual_inputs = ([leaf(s) for s in student] for _ in range(2))
+        expected = whole(expected_inputs, teacher)
+        expected.backward()
+        total = 0.0
+        with parts.one_step():
+            with torch.no_grad():
+                seen = parts(student, teacher)
+            for part in rows:
+                share = 1.0 if reduction == "sum" else (part.stop - part.start) / 16
+                loss = share * parts([s[part] for s in actual_inputs], [t[part] for t in teacher])
+                loss.backward()
+                total += loss.item()
+        torch.testing.assert_close(seen, expected.detach(), rtol=1e-14, atol=0)
+        assert total == pytest.approx(expected.item(), rel=1e-13)
+        for actual, wanted in zip(actual_inputs, expected_inputs, strict=True):
+            torch.testing.assert_close(actual.grad, wanted.grad, rtol=1e-11, atol=1e-16)
+        assert_same(snapshot(parts), snapshot(whole))
+    assert parts.step == 4
+    assert parts.temperatures.max() > 1.2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_first_micro_batch_alone_moves_the_balance(path, mode):
+    """The approximation without a look at all rows."""
+    whole, parts = (BMTARDLoss(balance=mode, temperature_lr=0.3, weight_lr=0.4) for _ in range(2))
+    first, second = batch(0), batch(1)
+    before = whole.temperatures.clone()
+    expected = whole(*first)
+    used = before if mode == "sign" else whole.temperatures
+    with parts.one_step():
+        assert torch.equal(parts(*first), expected)
+        value = parts(*second)
+    assert_same(snapshot(parts), snapshot(whole))
+    wanted = sum(
+        float(whole.weights[k])
+        * float(oracles.kl(second[0][k], second[1][k], float(used[k])).mean())
+        / 10
+        for k in range(2)
+    )
+    assert value.item() == pytest.approx(wanted, rel=1e-9)
+    assert torch.equal(parts(*second), whole(*second))  # outside, every call is a step again
+    assert parts.step == 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_checkpointed_loss_is_one_step(path, mode, reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    plain, saving = (BMTARDLoss(balance=mode, temperature_lr=0.3, weight_lr=0.4) for _ in range(2))
+    calls = []
+    saving.register_forward_pre_hook(lambda *_: calls.append(1))
+    for index in range(3):
+        student, teacher = batch(index)
+        one, two = ([leaf(s) for s in student] for _ in range(2))
+        expected = plain(one, teacher)
+        expected.backward()
+
+        def function(*students):
+            return saving(students, teacher)  # noqa: B023
+
+        with saving.one_step():
+            loss = checkpoint(function, *two, use_reentrant=reentrant)
+            loss.backward()
+        assert torch.equal(loss, expected)
+        for actual, wanted in zip(two, one, strict=True):
+            torch.testing.assert_close(actual.grad, wanted.grad, rtol=1e-13, atol=0)
+        assert_same(snapshot(saving), snapshot(plain))
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_closure_of_lbfgs_sees_one_function(path, mode):
+    """The line search compares values of a loss whose temperatures and weights stand still."""
+    loss = BMTARDLoss(balance=mode, temperature_lr=0.3, weight_lr=0.4)
+    (x, _), teacher = batch(0)
+    weight = torch.zeros(10, 10, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=6, line_search_fn="strong_wolfe")
+    values = []
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss([x @ weight, x @ weight], teacher)
+        value.backward()
+        values.append((weight.detach().clone(), value.item()))
+        return value
+
+    for step in range(2):
+        values.clear()
+        before = loss.temperatures.clone()
+        with loss.one_step():
+            optimizer.step(closure)
+        assert loss.step == step + 1
+        assert len(values) > 3
+        used = before if mode == "sign" else loss.temperatures
+        for point, value in values:
+            wanted = sum(
+                float(loss.weights[k])
+                * float(oracles.kl(x @ point, teacher[k], float(used[k])).mean())
+                / 10
+                for k in range(2)
+            )
+            assert value == pytest.approx(wanted, rel=1e-9)
+
+
+def test_one_step_is_left_after_an_error_and_not_nested():
+    loss = BMTARDLoss()
+    student, teacher = batch(0)
+    with pytest.raises(ValueError, match="student_logits"), loss.one_step():
+        loss(student[:1], teacher)
+    nested = pytest.raises(RuntimeError, match=r"one_step\(\) is open already")
+    with loss.one_step(), nested, loss.one_step():
+        pass
+    with loss.one_step():
+        loss(student, teacher)
+        loss.eval()
+        expected = copy.deepcopy(loss)(student, teacher)
+        assert torch.equal(loss(student, teacher), expected)
+        loss.train()
+        loss(student, teacher)
+    assert loss.step == 1
+    loss(student, teacher)
+    assert loss.step == 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_first_call_that_is_not_finite_holds_the_old_state(path, mode):
+    loss, expected = (BMTARDLoss(balance=mode, temperature_lr=0.3, weight_lr=0.4) for _ in range(2))
+    for module in (loss, expected):
+        module(*batch(0))
+    expected.eval()
+    student, teacher = batch(1)
+    bad = [s.clone() for s in student]
+    bad[0][0, 0] = math.nan
+    with loss.one_step():
+        assert loss(bad, teacher).isnan()
+        assert loss.status == SKIPPED
+        assert torch.equal(loss(student, teacher), expected(student, teacher))
+    assert loss.step == 1

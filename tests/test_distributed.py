@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from oracles import randn
 
-from bmtard import BMTARDLoss, EntropyBalance, NormalizationLossBalance, _library
+from bmtard import BMTARDLoss, EntropyBalance, NormalizationLossBalance, _library, balance
 
 RANKS, ROWS, STEPS = 2, 12, 4
 
@@ -122,6 +122,37 @@ def test_unequal_batches_are_refused_on_every_rank(tmp_path, monkeypatch):
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
     for name, value in one.items():
         assert torch.equal(value, two[name]), name
+
+
+def work_without_a_group(rank, folder):
+    import warnings
+
+    join(rank, folder)
+    logits = [randn(4, 10), randn(4, 10, seed=1)]
+    modules = build("sign", None)
+    calls = ((logits, logits), (logits,), (randn(2).exp(),))
+    told = []
+    for module, given in zip(modules, calls, strict=True):
+        balance._warned_of_ranks = False
+        for training in (False, True, True):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                module.train(training)(*given)
+            told.append([str(one.message) for one in caught])
+    torch.save(told, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_without_a_group_are_warned_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
+    mp.spawn(work_without_a_group, args=(str(tmp_path),), nprocs=RANKS)
+    for rank in range(RANKS):
+        told = torch.load(tmp_path / f"{rank}.pt")
+        for k, name in enumerate(("BMTARDLoss", "EntropyBalance", "NormalizationLossBalance")):
+            evaluating, (first,), second = told[3 * k : 3 * k + 3]
+            assert not evaluating
+            assert not second
+            assert first.startswith(f"{name}: torch.distributed has 2 ranks, but without process_g")
 
 
 def test_a_copy_shares_the_process_group(tmp_path, monkeypatch):

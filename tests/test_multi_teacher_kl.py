@@ -834,3 +834,101 @@ def test_a_finite_row_of_weight_zero_has_a_gradient_by_its_weight(device, path):
     kl = bmtard.multi_teacher_kl(student, teacher, reduction="none")[0]
     loss = bmtard.multi_teacher_kl(student, teacher, sample_weight=weight, reduction="sum")
     torch.testing.assert_close(torch.autograd.grad(loss.sum(), weight)[0], kl)
+
+
+# --- A student temperature on the device, or the teacher's own --------------------------------
+
+
+@pytest.mark.parametrize("kind", ["float", "0-d", "[K]"])
+@pytest.mark.parametrize("sharing", SHARING)
+def test_the_teachers_own_temperature(path, sharing, kind):
+    """Values and the gradients of logits and temperature, against the equation in plain torch."""
+    students, teachers = draw((5, 10), sharing)
+    count = max(len(students), len(teachers))
+    given = {"float": 3.0, "0-d": torch.tensor(3.0), "[K]": torch.tensor([3.0, 0.7])[:count]}[kind]
+    outcomes = []
+    for ours in (True, False):
+        inputs = [leaf(x) for x in (*students, *teachers)]
+        temperature = given
+        if kind != "float":
+            temperature = given.double().requires_grad_()
+            inputs.append(temperature)
+        s, t = inputs[: len(students)], inputs[len(students) : len(students) + len(teachers)]
+        if ours:
+            losses = bmtard.multi_teacher_kl(
+                s, t, temperature, student_temperature="teacher", scale_by_temperature=True
+            )
+        else:
+            each = [temperature[k] if kind == "[K]" else temperature for k in range(count)]
+            losses = torch.stack(
+                [
+                    each[k] ** 2
+                    * oracles.torch_kl(s[k % len(s)], t[k % len(t)], each[k], each[k]).mean()
+                    for k in range(count)
+                ]
+            )
+        outcomes.append([losses, *oracles.gradients(losses, inputs)])
+    for actual, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_a_student_temperature_in_a_tensor_is_that_float(path, dtype, eps):
+    students, teachers = draw((4, 3, 10), dtype=dtype)
+    for given, floats in (
+        (torch.tensor(2.5), [2.5, 2.5]),
+        (torch.tensor([2.5, 0.5]), [2.5, 0.5]),
+    ):
+        outcomes = []
+        for temperatures in ([given], floats):
+            inputs = [leaf(x) for x in students]
+            losses = torch.cat(
+                [
+                    bmtard.multi_teacher_kl(
+                        inputs, teachers, 2.0, student_temperature=one, eps=eps, reduction="none"
+                    )
+                    for one in temperatures
+                ]
+            )
+            if len(temperatures) == 2:  # teacher k of the call with float k
+                losses = torch.stack([losses[0], losses[3]])
+            outcomes.append([losses, *torch.autograd.grad(losses.sum(), inputs)])
+        for actual, expected in zip(*outcomes, strict=True):
+            assert actual.dtype == expected.dtype
+            tolerance = {"rtol": 2e-2, "atol": 1e-3} if dtype in oracles.HALF else {}
+            torch.testing.assert_close(actual, expected, **tolerance)
+
+
+def test_a_student_temperature_learns_beside_masked_classes_and_rows(path):
+    """Neither a class of logit -inf nor a row of weight 0, whatever it holds, adds to it."""
+    (student,), (teacher,) = draw((4, 6), "one of each")
+    student[:, 2] = teacher[:, 2] = -math.inf
+    kept = [0, 1, 3, 4, 5]
+    rows = torch.tensor([True, False, True, True])
+    expected, actual = (torch.tensor(1.7, dtype=torch.float64, requires_grad=True) for _ in "ab")
+    wanted = oracles.torch_kl(student[rows][:, kept], teacher[rows][:, kept], 3.0, expected).mean()
+    wanted.backward()
+    student[1] = teacher[1] = math.nan
+    inputs = leaf(student)
+    loss = bmtard.multi_teacher_kl(
+        inputs, teacher, 3.0, student_temperature=actual, sample_weight=rows,
+        reduction="weighted_mean",
+    )[0]  # fmt: skip
+    loss.backward()
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(actual.grad, expected.grad)
+    assert inputs.grad.isfinite().all()
+    assert gradcheck(
+        lambda one: bmtard.multi_teacher_kl(
+            student[rows], teacher[rows], 3.0, student_temperature=one
+        ),
+        actual,
+    )
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, 1e-37, 1.1e36])
+def test_student_temperature_tensor_out_of_range_gives_nan(path, bad):
+    (student,), (teacher,) = draw((4, 6), "one of each")
+    temperature = torch.tensor(bad, dtype=torch.float64)
+    assert bmtard.multi_teacher_kl(student, teacher, student_temperature=temperature).isnan().all()

@@ -1,7 +1,8 @@
-"""The figures of README.md are those of the committed result files, and its example runs."""
+"""README.md and docs: figures, the example, and the tests that the compatibility table names."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -65,3 +66,20 @@ def test_results_of_reproduce_are_tables_of_any_document(tables, tmp_path, monke
     assert tables.filled(text, "docs/evidence.md") == text
     with pytest.raises(ValueError, match=r"docs/evidence.md must have a table between"):
         tables.filled("<!-- begin reproduce-mnist -->\n", "docs/evidence.md")
+
+
+def functions_in(file):
+    tree = ast.parse((ROOT / file).read_text())
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_test_in_the_table_of_compatibility_exists():
+    document = (ROOT / "docs/compatibility.md").read_text()
+    rows = [line for line in document.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 15
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert named, row
+        for file, name in named:
+            assert name in functions_in(file), f"{file}::{name}"
+    assert not re.findall(r"`test_\w+`", document)  # each with its file

@@ -30,7 +30,7 @@ def ard_loss(
     )  # fmt: skip
     adversarial, taught = rows.flat(student_adversarial_logits, teacher_clean_logits.detach())
     distilled = rows.divergence(
-        adversarial, taught, temperature=temperature, student_temperature=temperature
+        adversarial, taught, temperature=temperature, student_temperature="teacher"
     )
     loss = alpha * temperature**2 * distilled
     if alpha != 1.0:

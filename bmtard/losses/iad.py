@@ -45,7 +45,7 @@ def iad_loss(
         teacher_clean_logits.detach(), teacher_adversarial_logits.detach(),
     )  # fmt: skip
     distilled = rows.divergence(
-        adversarial, taught_clean, temperature=temperature, student_temperature=temperature
+        adversarial, taught_clean, temperature=temperature, student_temperature="teacher"
     )
     loss = alpha * temperature**2 * distilled
     if introspect:
@@ -87,7 +87,7 @@ def iad2_loss(
         student_adversarial_logits, student_clean_logits,
         robust_teacher_logits.detach(), clean_teacher_logits.detach(),
     )  # fmt: skip
-    both: dict[str, Any] = {"temperature": temperature, "student_temperature": temperature}
+    both: dict[str, Any] = {"temperature": temperature, "student_temperature": "teacher"}
     trust = _trust(rows, robust_taught, beta) if introspect else None
     robust = rows.divergence(adversarial, robust_taught, sample_weight=trust, **both)
     if trust is not None:

@@ -88,15 +88,9 @@ def _tempered(
 ) -> Tensor:
     """KL(target^T || student^T), times T^2 if ``scale``."""
     _check_temperature(rows.op, temperature)
+    loss = rows.divergence(student, target, temperature=temperature, student_temperature="teacher")
     if isinstance(temperature, Tensor):
-        # The op has no student temperature on the device.
         temperature = wide(temperature)
-        student, target = wide(student) / temperature, wide(target) / temperature
-        loss = rows.divergence(student, target)
-    else:
-        loss = rows.divergence(
-            student, target, temperature=temperature, student_temperature=temperature
-        )
     return rows.shaped(loss * temperature**2 if scale else loss)
 
 

@@ -43,6 +43,14 @@ def check_temperature(op: str, name: str, value: float) -> None:
         )
 
 
+def check_own_temperature(op: str, value: str) -> None:
+    """For a student temperature in words."""
+    if value != "teacher":
+        raise ValueError(
+            f"{op}: student_temperature must be a number, a tensor or 'teacher', got {value!r}"
+        )
+
+
 def check_eps(op: str, eps: float) -> None:
     if not (is_number(eps) and (eps == 0 or LOWEST <= eps <= HIGHEST)):
         raise ValueError(
@@ -76,6 +84,16 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
+    if is_distributed(tensor):
+        raise TypeError(
+            f"{op}: {name} must be a tensor of this rank, got a DTensor; pass .to_local() where "
+            "the rows are sharded, else .full_tensor()"
+        )
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a DTensor, told by its class: torch may lack torch.distributed."""
+    return hasattr(type(tensor), "full_tensor")
 
 
 def check_logits(op: str, name: str, logits: Tensor) -> None:
@@ -123,6 +141,7 @@ def check_pair(
                 not isinstance(entry, Tensor)
                 or entry.dtype != dtype
                 or entry.layout != torch.strided
+                or is_distributed(entry)
             ):
                 check_logits(op, f"{name}[{k}]", entry)
                 same_dtype = False
@@ -178,6 +197,7 @@ def same_kind(first: Any, tensors: Sequence[Any]) -> bool:
             and tensor.dtype is dtype
             and tensor.layout is torch.strided
             and tensor.device == device
+            and (type(tensor) is Tensor or not is_distributed(tensor))
         ):
             return False
     return True

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bmtard import reference
 from bmtard.ops._checks import (
+    HIGHEST,
+    LOWEST,
     check_companion,
     check_eps,
+    check_own_temperature,
     check_pair,
     check_temperature,
     is_number,
@@ -43,7 +46,7 @@ def multi_teacher_kl(
     teacher_logits: Tensor | Sequence[Tensor],
     temperature: float | Tensor = 1.0,
     *,
-    student_temperature: float = 1.0,
+    student_temperature: float | Tensor | Literal["teacher"] = 1.0,
     weight: Tensor | Sequence[float] | None = None,
     sample_weight: Tensor | None = None,
     reduction: str = "batchmean",
@@ -64,7 +67,9 @@ def multi_teacher_kl(
         teacher_logits: [..., C], or a sequence of K. A single tensor serves all of the other.
         temperature: of the teachers, 1e-36 to 1e36: a float, a 0-d tensor or [K]. The values of a
             tensor are not read on the host: outside of that range, L_k is NaN.
-        student_temperature: 1e-36 to 1e36.
+        student_temperature: likewise; or "teacher", each teacher's own: with one float for both
+            sides that is ``temperature``, as in distillation after Hinton. A tensor costs one more
+            pass over the student's logits.
         weight: [K]; the result is then sum_k weight_k L_k.
         sample_weight: one factor for each row, of the rows' shape or [K, *rows]; a bool mask counts
             as 1 where it is True. A row of weight 0 adds 0 to the loss and to every gradient,
@@ -79,8 +84,8 @@ def multi_teacher_kl(
     Returns:
         [K] ([K, *rows] with "none"), or with ``weight`` a 0-d tensor ([*rows] with "none"), in
         nats; float64 for float64 logits, else float32. Differentiable once, in whichever of
-        student, teacher, temperature, weight and sample_weight require it. Logits of different
-        dtypes are promoted to a common one; each gradient has the dtype of its tensor.
+        student, teacher, both temperatures, weight and sample_weight require it. Logits of
+        different dtypes are promoted to a common one; each gradient has the dtype of its tensor.
 
     Raises:
         TypeError: another dtype. ValueError: shapes, devices or numbers that do not fit.
@@ -90,19 +95,14 @@ def multi_teacher_kl(
     count, first = max(len(students), len(teachers)), students[0]
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {_REDUCTIONS}, got {reduction!r}")
-    if isinstance(temperature, Tensor):
-        check_companion(op, "temperature", temperature, first)
-        if temperature.shape not in (torch.Size(()), torch.Size((count,))):
-            raise ValueError(
-                f"{op}: temperature must be a float, 0-d or [{count}] for {count} teachers, "
-                f"got {list(temperature.shape)}"
-            )
+    temperature = _checked("temperature", temperature, first, count)
+    if isinstance(student_temperature, str):
+        check_own_temperature(op, student_temperature)
+        student_temperature = temperature
     else:
-        check_temperature(op, "temperature", temperature)
-        temperature = float(temperature)
-    check_temperature(op, "student_temperature", student_temperature)
+        student_temperature = _checked("student_temperature", student_temperature, first, count)
     check_eps(op, eps)
-    student_temperature, eps = float(student_temperature), float(eps)
+    eps = float(eps)
     rows_shape = first.shape[:-1]
     if weight is not None:
         if not isinstance(weight, Tensor):
@@ -132,6 +132,10 @@ def multi_teacher_kl(
                 f"got {list(sample_weight.shape)}"
             )
 
+    if isinstance(student_temperature, Tensor):
+        students = _divided(students, student_temperature, sample_weight)
+        student_temperature, first = 1.0, students[0]
+        teachers = [t.to(first.dtype) for t in teachers]
     dtype = accumulation_dtype(first.dtype)
     rows = first.numel() // first.shape[-1]
     if sample_weight is not None:
@@ -215,6 +219,49 @@ def multi_teacher_kl(
     if reduction == "none" and first.dim() != 2:
         kl = kl.reshape((*kl.shape[:-1], *rows_shape))
     return kl
+
+
+def _checked(name: str, temperature: float | Tensor, logits: Tensor, count: int) -> float | Tensor:
+    if not isinstance(temperature, Tensor):
+        check_temperature("multi_teacher_kl", name, temperature)
+        return float(temperature)
+    check_companion("multi_teacher_kl", name, temperature, logits)
+    if temperature.shape not in (torch.Size(()), torch.Size((count,))):
+        raise ValueError(
+            f"multi_teacher_kl: {name} must be a float, 0-d or [{count}] for {count} teachers, "
+            f"got {list(temperature.shape)}"
+        )
+    return temperature
+
+
+def _divided(
+    students: Sequence[Tensor], temperature: Tensor, sample_weight: Tensor | None
+) -> list[Tensor]:
+    """Logits over a temperature, 0-d or [K], for the kernels, which take a float there.
+
+    In the dtype of the results, below the row's largest. Neither -inf nor a row of weight 0 gives
+    the temperature a gradient.
+    """
+    dtype = accumulation_dtype(students[0].dtype)
+    temperature = recordable(temperature).to(dtype)
+    allowed = (temperature >= LOWEST) & (temperature <= HIGHEST)
+    temperature = temperature.where(allowed, torch.nan)
+    count = max(len(students), temperature.numel())
+    if sample_weight is not None and sample_weight.dim() == students[0].dim():
+        count = len(sample_weight)
+    divided = []
+    for k in range(count):
+        logits = students[k if len(students) > 1 else 0]
+        logits = logits.to(dtype) - logits.detach().to(dtype).amax(-1, keepdim=True)
+        masked = logits == -torch.inf
+        if sample_weight is not None:
+            own = sample_weight.dim() == logits.dim()
+            ignored = (sample_weight[k] if own else sample_weight) == 0
+            logits = logits.masked_fill(ignored.unsqueeze(-1), 0)
+        one = temperature[k] if temperature.dim() else temperature
+        scaled = logits.masked_fill(masked, 0) / one
+        divided.append(scaled.masked_fill(masked, -torch.inf))
+    return divided
 
 
 def _divisor(reduction: str, logits: Tensor, sample_weight: Tensor | None = None) -> int | Tensor:

@@ -25,7 +25,7 @@ from ..training_step import TrainingInputs, TrainingStep
 
 
 class FusedStep(TrainingStep):
-    """The loop of examples/bmtard_loop.py in the published mode, with options of the trainer.
+    """The loop of examples/b_mtard.py in the published mode, with options of the trainer.
 
     channels_last: the memory format of images and networks. folded: FoldedBatchNorm for the attack
     and the teachers.
