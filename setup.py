@@ -30,14 +30,17 @@ ROOT = Path(__file__).resolve().parent
 
 
 def can_compile() -> bool:
-    """Whether there is a C++ compiler; without one bmtard is installed as pure Python."""
+    """Whether to compile; if not, bmtard is installed as pure Python."""
+    required = os.environ.get("BMTARD_REQUIRE_NATIVE") == "1"
     if sys.platform == "win32":
-        reason = "Windows is not supported by the compiled kernels"
+        reason = "the kernels do not compile on Windows"
+    elif sys.platform == "darwin" and not required:
+        reason = "nobody has tested the kernels on macOS; BMTARD_REQUIRE_NATIVE=1 builds them"
     elif os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++"))):
         return True
     else:
         reason = "no C++ compiler found (CXX, c++, g++, clang++)"
-    if os.environ.get("BMTARD_REQUIRE_NATIVE") == "1":
+    if required:
         raise SystemExit(f"bmtard: BMTARD_REQUIRE_NATIVE=1, but {reason}")
     print(f"bmtard: {reason}; installing the plain torch path only", file=sys.stderr)
     return False

@@ -9,12 +9,20 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import platform
+import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ImportError("bmtard needs torch >= 2.10: pip install 'torch>=2.10'") from error
 
 OLDEST_TORCH = (2, 10)  # TORCH_TARGET_VERSION in CMakeLists.txt
 
@@ -59,21 +67,43 @@ class BuildInfo:
             "compiler": self.compiler or "-",
             "library": self.library or "-",
         }
-        return "\n".join(f"{name + ':':<10}{value}" for name, value in rows.items())
+        return "\n".join(f"{name + ':':<11}{value}" for name, value in rows.items())
+
+
+def warn(message: str, category: type[Warning] = RuntimeWarning) -> None:
+    """Warns at the line outside of bmtard and torch that called into them."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None:
+        name = str(frame.f_globals.get("__name__"))
+        importing = name.startswith("importlib._bootstrap")  # warnings does not count these
+        if name.split(".")[0] not in ("bmtard", "torch") and not importing:
+            break
+        level, frame = level + (not importing), frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def _load() -> str:
     """Registers the ops. Returns why that was impossible, or an empty string."""
     if not _LIBRARY.is_file():
-        return f"there is no {_LIBRARY}; it needs a C++ compiler when bmtard is installed"
+        return f"there is no {_LIBRARY}; {_why_not_built()}"
     running = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if running < OLDEST_TORCH:
         return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
     try:
         torch.ops.load_library(_LIBRARY)
     except (OSError, RuntimeError) as error:
-        return f"{_LIBRARY} cannot be loaded: {error}"
+        musl = "; this system's C library is not glibc, so build bmtard here"
+        other = sys.platform == "linux" and platform.libc_ver()[0] != "glibc"
+        return f"{_LIBRARY} cannot be loaded: {error}{musl if other else ''}"
     return ""
+
+
+def _why_not_built() -> str:
+    if sys.platform == "win32":
+        return "the kernels do not compile on Windows"
+    if sys.platform == "darwin":
+        return "on macOS it is built only with BMTARD_REQUIRE_NATIVE=1, and nobody has tested it"
+    return "it needs a C++ compiler when bmtard is installed"
 
 
 _REASON = _load()
@@ -82,11 +112,7 @@ NATIVE: bool = not _REASON
 if not NATIVE:
     if os.environ.get("BMTARD_REQUIRE_NATIVE") == "1":
         raise ImportError(f"BMTARD_REQUIRE_NATIVE=1, but {_REASON}")
-    warnings.warn(
-        f"bmtard runs in plain torch, without its compiled kernels: {_REASON}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    warn(f"bmtard runs in plain torch, without its compiled kernels: {_REASON}")
 
 
 def _native_info() -> dict[str, Any]:
@@ -100,12 +126,73 @@ def _native_info() -> dict[str, Any]:
 
 
 _INFO = _native_info() if NATIVE else {}
-_HAS_CUDA: bool = _INFO.get("cuda", False)  # a constant, so that torch.compile can trace it
+_HAS_CUDA: bool = _INFO.get("cuda", False)
 
 
 def has_cuda() -> bool:
     """Whether CUDA kernels are compiled in. Says nothing of a GPU."""
     return _HAS_CUDA
+
+
+def runs_on(architectures: tuple[str, ...], capability: tuple[int, int]) -> bool:
+    """Whether a GPU of a compute capability runs code for ``architectures``, e.g. ("75", "90").
+
+    Machine code runs on its own major version from its minor version on; PTX, which there is of the
+    last architecture, on all that is newer.
+    """
+    built = [divmod(int(architecture), 10) for architecture in architectures]
+    same_major = any(major == capability[0] and minor <= capability[1] for major, minor in built)
+    return same_major or (bool(built) and built[-1] <= capability)
+
+
+_cuda_problems: dict[int | None, str] = {}
+
+
+def cuda_problem(index: int | None) -> str:
+    """Why the CUDA kernels cannot serve GPU ``index``; empty if they can."""
+    if index not in _cuda_problems:
+        _cuda_problems[index] = _cuda_problem(index)
+    return _cuda_problems[index]
+
+
+# torch.compile calls it while it traces.
+cuda_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _cuda_problem(index: int | None) -> str:
+    if not _HAS_CUDA:
+        return "its library was built without CUDA; build it where nvcc is, with BMTARD_CUDA=1"
+    if torch.version.hip:
+        return "its CUDA kernels do not run on ROCm"
+    if not torch.cuda.is_available():
+        return ""  # fake tensors, which torch.compile traces without a GPU
+    info = build_info()
+    driver, runtime = driver_version(), _INFO["cuda_runtime"]
+    if driver and driver // 1000 < runtime // 1000:
+        return (
+            f"its library has CUDA runtime {_dotted(runtime)}, and the driver is older: it serves "
+            f"CUDA {_dotted(driver)}; update the driver, or build bmtard with CUDA "
+            f"{driver // 1000}"
+        )
+    major, minor = torch.cuda.get_device_capability(index)
+    if not runs_on(info.cuda_architectures, (major, minor)):
+        return (
+            f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, and its "
+            f"library was built for {', '.join(info.cuda_architectures)}; build it with "
+            f"BMTARD_CUDA_ARCHS={major}{minor}"
+        )
+    return ""
+
+
+def driver_version() -> int:
+    """The newest CUDA that the driver serves, 13000 for 13.0; 0 without a driver."""
+    version: Callable[[], int] = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)
+    return version()
+
+
+def _dotted(version: int) -> str:
+    """13000 -> 13.0"""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def build_info() -> BuildInfo:
@@ -116,7 +203,7 @@ def build_info() -> BuildInfo:
         installed = version("bmtard")
     except PackageNotFoundError:
         installed = "not installed"
-    runtime = _INFO.get("cuda_runtime")  # 13000 is 13.0
+    runtime = _INFO.get("cuda_runtime")
     return BuildInfo(
         version=installed,
         native=NATIVE,
@@ -129,5 +216,5 @@ def build_info() -> BuildInfo:
         instruction_set=_INFO.get("instruction_set"),
         cuda=_HAS_CUDA,
         cuda_architectures=tuple(filter(None, _INFO.get("cuda_architectures", "").split(";"))),
-        cuda_runtime=f"{runtime // 1000}.{runtime % 1000 // 10}" if runtime else None,
+        cuda_runtime=_dotted(runtime) if runtime else None,
     )

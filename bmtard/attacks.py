@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bmtard._library import warn
 from bmtard.extras import import_extra
 from bmtard.ops import multi_teacher_kl, pgd_step_
 from bmtard.ops._checks import is_number
@@ -452,10 +452,10 @@ def _warn_of_images_outside(x: Tensor, low: float | Tensor, high: float | Tensor
     _devices_seen.add(kind)
     if not ((x >= low) & (x <= high)).all():
         least, most = (float(value) for value in x.aminmax())
-        warnings.warn(
+        warn(
             f"pgd: x has values in [{least:.4g}, {most:.4g}], outside its bounds, and the attack "
             "clips them: normalise inside the model, or give the bounds of normalised images",
-            stacklevel=4,
+            UserWarning,
         )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,7 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with terminable():
             if launched() and name not in ("train", "evaluate"):
                 raise SharedError("one process does this; start it without torchrun")
-            return COMMANDS[name](rest) or 0
+            status = COMMANDS[name](rest) or 0
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:  # the reader of the output has seen enough, as in `bmtard info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError, ImportError, NonFiniteLossError) as error:
         if speaks() or not isinstance(error, (SharedError, NonFiniteLossError)):
             print(f"bmtard {name}: {error}", file=sys.stderr)
@@ -154,17 +162,43 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _info(arguments: list[str]) -> None:
-    """show the version, the kernels in use, and the devices"""
+    """show what a report of a bug needs: versions, kernels in use, machine"""
+    import numpy
     import torch
 
     from bmtard import build_info
+    from bmtard._library import cuda_problem, driver_version
 
     if arguments:
         raise ValueError(f"takes no arguments, got {shlex.join(arguments)}")
     print(build_info())
-    count = torch.cuda.device_count()
-    names = [torch.cuda.get_device_name(index) for index in range(count)]
-    print(f"{'GPUs:':<10}{', '.join(names) or 'none'}")
+    rows = {
+        "Python": f"{platform.python_version()}, numpy {numpy.__version__}",
+        "system": f"{platform.platform()}, {' '.join(platform.libc_ver()) or 'no glibc'}",
+        "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "settings": " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if "BMTARD_" in k),
+    }
+    driver, gpus = driver_version(), []
+    try:
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            kernels = cuda_problem(index) or "compiled kernels"
+            gpus.append(f"{torch.cuda.get_device_name(index)} ({major}.{minor}): {kernels}")
+    except RuntimeError as error:  # of a driver that torch cannot use
+        gpus.append(" ".join(str(error).split()))
+    rows["driver"] = f"CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "none"
+    rows["GPUs"] = "; ".join(gpus) or "none"
+    print("\n".join(f"{name + ':':<11}{value or '-'}" for name, value in rows.items()))
+
+
+def _processor() -> str:
+    """The processor's name, or its architecture where the system does not tell the name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {

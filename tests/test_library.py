@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -137,3 +138,106 @@ def test_old_torch_is_refused():
     result = run(f"{code}; {OP}")
     assert result.returncode == 0, result.stderr
     assert "torch 2.9.1 is older than 2.10" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("capability", "served"),
+    [
+        *(((7, 0), False), ((7, 5), True), ((8, 0), True), ((8, 7), True), ((9, 0), True)),
+        # Machine code for 10.0 runs on 10.3; PTX of 12.0 on 12.1 and 13.0, but not on 11.0.
+        *(((10, 3), True), ((11, 0), False), ((12, 1), True), ((13, 0), True)),
+    ],
+)
+def test_which_gpus_the_architectures_serve(capability, served):
+    built = ("75", "80", "86", "89", "90", "100", "120")
+    assert _library.runs_on(built, capability) == served
+
+
+def test_no_architecture_serves_no_gpu():
+    assert not _library.runs_on((), (9, 0))
+
+
+class CudaTensor:
+    """What use_native asks of a tensor on a GPU."""
+
+    is_cpu, is_cuda, device = False, True, torch.device("cuda:0")
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("has_cuda", "hip", "driver", "capability", "problem"),
+    [
+        (True, None, 13000, (9, 0), ""),
+        (True, None, 0, (9, 0), ""),  # a torch that does not tell
+        (True, None, 12080, (9, 0), r"runtime 13.0, and the driver is older: it serves CUDA 12.8"),
+        (True, None, 13000, (7, 0), r"Some GPU has compute capability 7.0, .* for 75, 90; build"),
+        (True, "7.0", 13000, (9, 0), "do not run on ROCm"),
+        (False, None, 13000, (9, 0), "was built without CUDA"),
+    ],
+)
+def test_why_a_gpu_is_not_served(monkeypatch, has_cuda, hip, driver, capability, problem):
+    info = {"cuda_runtime": 13000, "cuda_architectures": "75;90"}
+    monkeypatch.setattr(_library, "_INFO", info)
+    monkeypatch.setattr(_library, "_HAS_CUDA", has_cuda)
+    monkeypatch.setattr(_library, "_cuda_problems", {})
+    monkeypatch.setattr(bmtard.ops._dispatch, "_warned", set())
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    if not problem:
+        assert bmtard.ops.use_native(CudaTensor())
+        return
+    with pytest.warns(RuntimeWarning, match=rf"plain-torch path on device 'cuda:0', .*{problem}"):
+        assert not bmtard.ops.use_native(CudaTensor())
+    assert not bmtard.ops.use_native(CudaTensor())  # silent: warnings are errors here
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "call", ["bmtard.softmax_entropy(x)", "bmtard.BMTARDLoss().to('meta')([x, x], [x, x])"]
+)
+def test_a_warning_names_the_line_of_the_caller(tmp_path, call):
+    (tmp_path / "caller.py").write_text(
+        f"import torch, bmtard\nx = torch.zeros(2, 3, device='meta')\n\n{call}\n"
+    )
+    folders = os.pathsep.join([str(tmp_path), str(PACKAGE.parent)])
+    result = run("import caller", PYTHONPATH=folders)
+    assert re.search(r"caller.py:4: RuntimeWarning: bmtard uses the slower", result.stderr)
+
+
+def test_the_warning_of_an_import_names_its_line(bare_package):
+    (bare_package / "caller.py").write_text("\nimport bmtard\n")
+    result = run("import caller", bare_package)
+    assert "caller.py:2: RuntimeWarning: bmtard runs in plain torch" in result.stderr
+
+
+def test_without_torch_the_import_names_it():
+    result = run("import sys; sys.modules['torch'] = None; import bmtard")
+    assert result.returncode == 1
+    assert "ImportError: bmtard needs torch >= 2.10: pip install 'torch>=2.10'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("system", "reason"),
+    [
+        ("win32", "the kernels do not compile on Windows"),
+        ("darwin", "on macOS it is built only with BMTARD_REQUIRE_NATIVE=1"),
+        ("linux", "it needs a C[+][+] compiler"),
+    ],
+)
+def test_systems_without_a_library_run_in_plain_torch(bare_package, system, reason):
+    code = f"import torch, sys; sys.platform = {system!r}; import bmtard; {OP}"
+    result = run(code, bare_package)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) == pytest.approx(1.3862943611)
+    assert re.search(f"without its compiled kernels: there is no .*; {reason}", result.stderr)
+
+
+def test_a_library_for_another_c_library_is_told(bare_package):
+    (bare_package / "bmtard" / "_C.so").write_bytes(b"not a library")
+    musl = "import torch, platform; platform.libc_ver = lambda: ('', '')"
+    result = run(f"{musl}; import bmtard; {OP}", bare_package)
+    assert result.returncode == 0, result.stderr
+    assert "this system's C library is not glibc, so build bmtard here" in result.stderr

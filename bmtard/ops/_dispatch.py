@@ -7,7 +7,6 @@ Python ``autograd.Function`` costs less per call than autograd registered with t
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -80,16 +79,17 @@ def use_native(tensor: Tensor) -> bool:
     """Whether the compiled kernels can serve here; warns once if the device has none."""
     if not _library.NATIVE or in_transform():
         return False
-    if tensor.is_cpu or (tensor.is_cuda and _library.has_cuda()):
+    if tensor.is_cpu:
         return True
-    kind = tensor.device.type
-    if kind not in _warned and not torch.compiler.is_compiling():
-        _warned.add(kind)
-        warnings.warn(
-            f"bmtard has no compiled kernels for device '{kind}' here; "
-            "using the slower plain-torch path",
-            RuntimeWarning,
-            stacklevel=4,
+    problem = "there are none for it"
+    if tensor.is_cuda and not (problem := _library.cuda_problem(tensor.device.index)):
+        return True
+    device = str(tensor.device)
+    if device not in _warned and not torch.compiler.is_compiling():
+        _warned.add(device)
+        _library.warn(
+            f"bmtard uses the slower plain-torch path on device '{device}', without its compiled "
+            f"kernels: {problem}"
         )
     return False
 

@@ -51,7 +51,18 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} is not a bmtard checkpoint of format {FORMAT}, got {found!r}; for a network "
             "from elsewhere say its architecture"
         )
-    return state
+    return _Checkpoint(state, path=path)
+
+
+class _Checkpoint(dict[str, Any]):
+    """A checkpoint that names its file where an entry is missing."""
+
+    def __init__(self, state: dict[str, Any], *, path: Path) -> None:
+        super().__init__(state)
+        self.path = path
+
+    def __missing__(self, entry: str) -> Any:
+        raise ValueError(f"{self.path} is incomplete: it has no entry {entry!r}")
 
 
 def load_network(

@@ -136,8 +136,13 @@ def _evaluate(
         if config.surrogate:
             surrogate = load_network(config.surrogate, device, config.model)[0]
         trained = state["config"]
-        data = data or load(trained["data"], config.data_dir or trained["data_dir"])
-    epsilon: float = config.epsilon or trained["attack"]["epsilon"]
+        try:
+            method, model, name = trained["method"], trained["model"], trained["data"]
+            folder, epsilon = trained["data_dir"], config.epsilon or trained["attack"]["epsilon"]
+        except (KeyError, TypeError) as error:
+            message = f"{path} is incomplete: its settings (config) have no {error}"
+            raise ValueError(message) from None
+        data = data or load(name, config.data_dir or folder)
     config = replace(config, epsilon=epsilon)
     started = time.perf_counter()
     results = accuracies(
@@ -173,9 +178,9 @@ def _evaluate(
     seconds = time.perf_counter() - started
     summary = {
         "checkpoint": str(path),
-        "method": trained["method"],
-        "model": trained["model"],
-        "data": trained["data"],
+        "method": method,
+        "model": model,
+        "data": name,
         "images": len(data.test_labels[: config.limit]),
         "accuracy": results,
         "weighted_robust_accuracy": weighted(results),

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from bmtard import cli
+from bmtard import _library, cli
 from bmtard.training import report
 from bmtard.training.metrics import Display, MetricsLog, read_metrics
 
@@ -76,7 +80,40 @@ def test_help_and_info(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert all(f"  {name}" in text for name in ("train", "evaluate", "reproduce", "demo", "info"))
     assert cli.main(["info"]) == 0
-    assert "kernels:" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    rows = dict(re.findall(r"^(\w+): +(.+)$", printed, flags=re.MULTILINE))
+    assert set(rows) == {
+        *("bmtard", "kernels", "torch", "CPU", "CUDA", "compiler", "library"),
+        *("Python", "system", "processor", "settings", "driver", "GPUs"),
+    }
+    assert platform.python_version() in rows["Python"]
+
+
+@pytest.mark.parametrize("where", ["cuInit", "device"])
+def test_info_tells_of_a_gpu_that_cannot_be_used(
+    where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def capability(index: int) -> tuple[int, int]:
+        if where == "cuInit":
+            raise RuntimeError("The NVIDIA driver on your system is too old")
+        return 7, 0
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Old GPU")
+    monkeypatch.setattr(_library, "cuda_problem", lambda index: f"GPU {index} is too old")
+    assert cli.main(["info"]) == 0
+    expected = {"cuInit": "driver on your system", "device": r"Old GPU \(7.0\): GPU 0 is too old"}
+    assert re.search(f"GPUs: .*{expected[where]}", capsys.readouterr().out)
+
+
+def test_output_into_a_closed_pipe_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "bmtard", "info"]
+    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_module_runs_and_missing_extras_are_named() -> None:

@@ -116,6 +116,28 @@ def test_square_and_autoattack(digits: ImageData, teachers: dict[str, Path]) -> 
     assert results["square"] < results["clean"]
 
 
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (("config",), "has no entry 'config'"),
+        (("config", "data"), r"its settings \(config\) have no 'data'"),
+        (("config", "attack", "epsilon"), r"its settings \(config\) have no 'epsilon'"),
+        (("network",), "has no entry 'network'"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_told(
+    lost: tuple[str, ...], message: str, teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    state = torch.load(teachers["clean"], weights_only=True)
+    inner = state
+    for name in lost[:-1]:
+        inner = inner[name]
+    del inner[lost[-1]]
+    torch.save(state, tmp_path / "some.pt")
+    with pytest.raises(ValueError, match=rf"some.pt .*{message}"):
+        evaluate(tmp_path / "some.pt", EvaluateConfig(device="cpu"), lambda name, value: None)
+
+
 def test_bad_requests() -> None:
     with pytest.raises(ValueError, match=r"surrogate must be a checkpoint for transfer"):
         EvaluateConfig(attacks=("transfer-cw",))
