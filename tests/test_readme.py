@@ -27,6 +27,11 @@ def test_tables_agree_with_the_result_files(tables):
     assert tables.filled(readme) == readme
 
 
+def test_tables_of_documents_agree_with_the_result_files(tables):
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        assert tables.filled(path.read_text(), f"docs/{path.name}") == path.read_text()
+
+
 def test_a_changed_figure_is_noticed(tables):
     readme = (ROOT / "README.md").read_text()
     for pattern in (r"\d+\.\d ± \d+\.\d", r"\| [\d.]+ us \|", r"\| [\d.]+ ms \|"):
