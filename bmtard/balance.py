@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, Literal
 
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bmtard import ops, reference
+from bmtard import _library, ops, reference
 from bmtard.ops._checks import (
     check_bounds,
     check_eps,
@@ -654,12 +653,11 @@ def _warn_of_ranks(op: str, group: dist.ProcessGroup | None) -> None:
         return
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         _warned_of_ranks = True
-        warnings.warn(
+        _library.warn(
             f"{op}: torch.distributed has {dist.get_world_size()} ranks, but without process_group "
             "each moves a balance of its own, and on different data they drift apart; pass "
             "process_group=torch.distributed.group.WORLD",
             RuntimeWarning,
-            stacklevel=2,
         )
 
 

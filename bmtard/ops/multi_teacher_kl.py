@@ -239,8 +239,8 @@ def _divided(
 ) -> list[Tensor]:
     """Logits over a temperature, 0-d or [K], for the kernels, which take a float there.
 
-    In the dtype of the results, below the row's largest. Neither -inf nor a row of weight 0 gives
-    the temperature a gradient.
+    In the dtype of the results, and less the row's largest. Neither -inf nor a row of weight 0
+    gives the temperature a gradient.
     """
     dtype = accumulation_dtype(students[0].dtype)
     temperature = recordable(temperature).to(dtype)
