@@ -18,7 +18,7 @@ CUDA_TORCH ?= torch==2.11.0
 # A GPU host may have its own Python with torch, and no network.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help venv demo test fuzz sanitize sanitize-cpu cuda-check gpu lint format wheel test-wheel bench clean
+.PHONY: help venv demo test fuzz sanitize sanitize-cpu cuda-check gpu lint format docs wheel sdist test-wheel bench clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## /\1\t/p' Makefile | expand -t 12
@@ -53,11 +53,21 @@ lint: venv  ## check style and types; changes nothing
 format: venv  ## rewrite to the style that lint checks
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/clang-format -i $(CXX_FILES)
 
-wheel: venv  ## dist/bmtard-*.whl, for all GPU architectures where nvcc is found
-	rm -rf dist && $(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
+docs: venv  ## the site, into build/docs; warnings are errors
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
-test-wheel: wheel  ## that wheel under other Pythons and torches
-	$(BIN)/python tools/test_wheel.py dist/*.whl
+# auditwheel names the oldest glibc that serves. torch's libraries come from the user's torch.
+wheel: venv  ## dist/bmtard-*-manylinux_*.whl, for all GPU architectures where nvcc is found
+	rm -rf dist build/linux && $(BIN)/pip wheel --no-build-isolation --no-deps -w build/linux .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist \
+	  --exclude 'libtorch*.so' --exclude 'libc10*.so' build/linux/*.whl
+	$(BIN)/python tools/test_wheel.py --check dist/*.whl
+
+sdist: venv  ## dist/bmtard-*.tar.gz, which builds as a checkout does
+	$(BIN)/python -m build --sdist --no-isolation -o dist
+
+test-wheel: wheel  ## that wheel under other Pythons and torches; WHEEL_ARGS="--short --only 3.10:2.10"
+	$(BIN)/python tools/test_wheel.py dist/*.whl $(WHEEL_ARGS)
 
 bench: venv  ## time the ops against what they replace; BENCH_ARGS="--quick" for a look
 	$(BIN)/bmtard bench $(BENCH_ARGS)

@@ -241,3 +241,12 @@ def test_a_library_for_another_c_library_is_told(bare_package):
     result = run(f"{musl}; import bmtard; {OP}", bare_package)
     assert result.returncode == 0, result.stderr
     assert "this system's C library is not glibc, so build bmtard here" in result.stderr
+
+
+@needs_native
+def test_cuda_problem_is_a_constant_for_torch_compile():
+    @torch.compile(backend="eager", fullgraph=True)
+    def longer(x: torch.Tensor) -> torch.Tensor:
+        return x + len(_library.cuda_problem(x.device.index))
+
+    assert longer(torch.zeros(1)).item() == len(_library.cuda_problem(None))

@@ -3,10 +3,9 @@
     python tools/readme_tables.py          # rewrite them
     python tools/readme_tables.py --check  # exit 1 if they and the files disagree
 
-A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``. The names of README.md are
-those in TABLES, that of docs/scaling.md is ``step-options``; ``reproduce-PRESET``, in any of the
-documents, is the accuracy table of benchmarks/results/reproduce-PRESET.json, which is a
-results.json of ``bmtard reproduce PRESET``.
+A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, in any of the documents.
+Its name is one of TABLES, or ``reproduce-PRESET``: the accuracy table of
+benchmarks/results/reproduce-PRESET.json, which is a results.json of ``bmtard reproduce PRESET``.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from bmtard.benchmarks.report import Record, Report
@@ -39,19 +38,24 @@ def accuracy(name: str, folder: str) -> str:
     accuracy, machine = result["accuracy"], result["machine"]
     attack = result.get("main_attack", ATTACK)
     header = accuracy_header(accuracy, attack)
-    link = "../" * len(Path(folder).parts) + f"benchmarks/results/{name}"
     return (
         f"{markdown_table(header, accuracy_rows(accuracy, attack))}\n\n"
         f"{machine['processor']}, {machine['cores']} cores, {machine.get('gpu', 'no GPU')}; "
         f"torch {machine['torch']}; mean ± standard deviation of {result['seeds']} seeds; "
         f"{result['seconds']:.0f} s in all; "
         f"{result['date'][:10]}; `{result['command']}`; "
-        f"[benchmarks/results/{name}]({link})."
+        f"{link(name, folder)}."
     )
 
 
-def demo() -> str:
-    return accuracy("demo-digits.json", "")
+def link(name: str, folder: str) -> str:
+    """To a result file, from a document in ``folder``."""
+    above = "../" * len(Path(folder).parts)
+    return f"[benchmarks/results/{name}]({above}benchmarks/results/{name})"
+
+
+def demo(folder: str) -> str:
+    return accuracy("demo-digits.json", folder)
 
 
 SHAPES = ("cifar10", "tiny-imagenet", "imagenet", "llm32k")
@@ -79,8 +83,7 @@ def cells(records: dict[str, Record], providers: Sequence[str]) -> list[str]:
     return [duration(records["bmtard"].best.median_us), *ratios]
 
 
-def source(report: Report, name: str, folder: str = "") -> str:
-    """``folder``: the way from the document to the root."""
+def source(report: Report, name: str, folder: str) -> str:
     machine = report.machine
     plural = "s" if report.threads > 1 else ""
     clock = {"cpu_time": "CPU time", "wall": "wall clock"}[
@@ -90,11 +93,11 @@ def source(report: Report, name: str, folder: str = "") -> str:
         f"float32; {clock}; {machine['processor']}, {report.threads} thread{plural}, kernels "
         f"{machine['kernels']}, load {machine['load']}; torch {machine['torch']}; "
         f"{report.date[:10]}; `{report.command}`; "
-        f"[benchmarks/results/{name}]({folder}benchmarks/results/{name})."
+        f"{link(name, folder)}."
     )
 
 
-def head() -> str:
+def head(folder: str) -> str:
     name = "cpu-1-thread.json"
     report = load_report(RESULTS / name)
     others = ("eager", "compile")
@@ -108,11 +111,11 @@ def head() -> str:
     return (
         f"{markdown_table(header, rows)}\n\n"
         "Time of bmtard, and how many times as long the others take (tie: the 99 % interval of "
-        f"that ratio holds 1); two teachers, forward and gradient; {source(report, name)}"
+        f"that ratio holds 1); two teachers, forward and gradient; {source(report, name, folder)}"
     )
 
 
-def ops() -> str:
+def ops(folder: str) -> str:
     name = "cpu-1-thread.json"
     report = load_report(RESULTS / name)
     rows = []
@@ -128,11 +131,11 @@ def ops() -> str:
     return (
         f"{markdown_table(header, rows)}\n\n"
         "Time of bmtard, and how many times as long the others take (both: forward and gradient); "
-        f"{source(report, name)}"
+        f"{source(report, name, folder)}"
     )
 
 
-def step() -> str:
+def step(folder: str) -> str:
     name = "cpu-step.json"
     report = load_report(RESULTS / name)
     rows = []
@@ -152,10 +155,11 @@ def step() -> str:
     header = ["One training step", "Whole", "Over bmtard's", "PGD-10", "Head", "Head's share"]
     batch, *image = report.records[0].dims
     size = " x ".join(map(str, image))
-    return f"{markdown_table(header, rows)}\n\n{batch} images of {size}; {source(report, name)}"
+    images = f"{batch} images of {size}"
+    return f"{markdown_table(header, rows)}\n\n{images}; {source(report, name, folder)}"
 
 
-def step_options() -> str:
+def step_options(folder: str) -> str:
     name = "cpu-step.json"
     report = load_report(RESULTS / name)
     titles = {
@@ -166,6 +170,8 @@ def step_options() -> str:
         "bmtard": "ops, both",
     }
     records = {record.provider: record for record in report.records if record.phases_ms}
+    if not set(titles) <= set(records):
+        return f"Not measured yet: `bmtard bench step --json benchmarks/results/{name}`."
     rows = []
     for provider, title in titles.items():
         record = records[provider]
@@ -184,7 +190,7 @@ def step_options() -> str:
     return (
         f"{markdown_table(header, rows)}\n\n"
         "In brackets the 99 % interval of the ratio; student cnn-8, teachers cnn-16 and cnn-8; "
-        f"{batch} images of {size}; {source(report, name, '../')}"
+        f"{batch} images of {size}; {source(report, name, folder)}"
     )
 
 
@@ -196,24 +202,71 @@ def interval_cell(record: Record) -> str:
     return f"{ratio.median:.2f} ({ratio.low:.2f} - {ratio.high:.2f})"
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, "head": head, "ops": ops, "step": step}
+def numbers(folder: str) -> str:
+    """Three of them, for the first screen."""
+    speed, evidence = "cpu-1-thread.json", "reproduce-cifar10-small.json"
+    report, reproduced = load_report(RESULTS / speed), load(evidence)
+    loss = whole_op(report, "bmtard_loss_sign", "imagenet")
+    search = whole_op(report, "bisect_temperature", "digits")
+    attack = reproduced.get("main_attack", ATTACK)
+    ours, theirs = (
+        100 * mean((r["clean"] + r[attack]) / 2 for r in reproduced["accuracy"][method])
+        for method in ("bmtard, sign", "mtard")
+    )
+    rows, classes = loss["bmtard"].dims
+    seeds = reproduced["seeds"]
+    return (
+        f"- **{ratio_cell(loss['eager'])} times as fast** as the published code: the whole loss of "
+        f"{rows} x {classes} logits, forward and gradient, on one CPU thread "
+        f"({link(speed, folder)}).\n"
+        f"- **{ratio_cell(search['sklearn'])} times as fast** as scikit-learn: the temperature of "
+        f"a given entropy, for {search['bmtard'].dims[0]} rows (the same file).\n"
+        f"- **{ours:.1f} against {theirs:.1f} %** weighted robust accuracy: B-MTARD and MTARD from "
+        f"the same teachers, small networks on CIFAR-10, {seeds} seed{'s' if seeds > 1 else ''} "
+        f"({link(evidence, folder)})."
+    )
+
+
+def wheel(folder: str) -> str:
+    """The cells that tools/test_wheel.py has seen."""
+    name = "wheel.json"
+    results = load(name)
+    rows = [
+        [row["python"], row["torch"], str(row["passed"]), "a part" if row["short"] else "all"]
+        for _, row in sorted(results["cells"].items())
+    ]
+    table = markdown_table(["Python", "torch", "Tests passed", "Of the op tests"], rows)
+    return f"{table}\n\n`{results['wheel']}`, {results['date']}; {link(name, folder)}."
+
+
+TABLES: dict[str, Callable[[str], str]] = {
+    "numbers": numbers,
+    "demo": demo,
+    "head": head,
+    "ops": ops,
+    "step": step,
+    "step-options": step_options,
+    "wheel": wheel,
+}
+BEGIN = re.compile(r"^<!-- begin (\S+) -->$", re.MULTILINE)
 
 
 def filled(text: str, document: str = "README.md") -> str:
     """``text`` of a document with every table as the result files have it."""
-    tables = dict(TABLES) if document == "README.md" else {}
-    if document == "docs/scaling.md":
-        tables["step-options"] = step_options
     folder = str(Path(document).parent)
-    for name in re.findall(r"<!-- begin (reproduce-[\w-]+) -->", text):
-        tables[name] = partial(accuracy, f"{name}.json", folder)
-    for name, table in tables.items():
+    for name in BEGIN.findall(text):
+        if name.startswith("reproduce-"):
+            table = accuracy(f"{name}.json", folder)
+        elif name in TABLES:
+            table = TABLES[name](folder)
+        else:
+            raise ValueError(f"{document} has a table {name!r}, which nothing writes")
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-        before, found, rest = text.partition(begin)
+        before, _, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
-        if not (found and closed):
+        if not closed:
             raise ValueError(f"{document} must have a table between {begin.strip()} and {end}")
-        text = f"{before}{begin}\n{table()}\n\n{end}{after}"
+        text = f"{before}{begin}\n{table}\n\n{end}{after}"
     return text
 
 

@@ -1,13 +1,13 @@
 """The published functions, argument for argument: change the import and nothing else.
 
-| In the repository | here |
-|---|---|
-| TRADES ``trades.trades_loss``, MART ``mart.mart_loss`` | the same names |
-| RSLAD ``rslad_loss.rslad_inner_loss``, AdaAD ``AT_helper.adaad_inner_loss`` | the same names |
-| MTARD ``mtard_loss.mtard_inner_loss_ce`` | the same name |
-| ARD ``main.AttackPGD``, IAD ``IAD-I.AttackPGD`` | ``AttackPGD`` |
-| HAT ``core.utils.hat.hat_loss``, LBGAT ``lbgat.lbgat_loss`` | the same names |
-| AWP ``utils_awp.AdvWeightPerturb``, ``utils_awp.TradesAWP`` | the same names |
+The names here are those in the repositories:
+
+- TRADES ``trades.trades_loss``, MART ``mart.mart_loss``,
+- RSLAD ``rslad_loss.rslad_inner_loss``, AdaAD ``AT_helper.adaad_inner_loss``,
+- MTARD ``mtard_loss.mtard_inner_loss_ce``,
+- ARD ``main.AttackPGD``, IAD ``IAD-I.AttackPGD``,
+- HAT ``core.utils.hat.hat_loss``, LBGAT ``lbgat.lbgat_loss``,
+- AWP ``utils_awp.AdvWeightPerturb``, ``utils_awp.TradesAWP``.
 
 Each repeats the published procedure: the modes in which the model runs, the forward passes in their
 order (what batch norm counts and where dropout draws), the start of the attack drawn by
