@@ -27,12 +27,13 @@ STABLE_TORCH_LIBRARY(bmtard, m) {
       "multi_teacher_kl(Tensor[] student_logits, Tensor[] teacher_logits, Tensor? temperature, "
       "float temperature_value, float student_temperature, float eps, bool with_statistics) "
       "-> (Tensor, Tensor)");
-  // As above, K students; coefficient = dL/dKL acc [K, N] -> kl, d L / d student k [N, C]
+  // As above, K students; coefficient = dL/dKL acc [K, N] or [K] -> kl, d L / d student k [N, C]
   m.def(
       "multi_teacher_kl_with_gradients(Tensor[] student_logits, Tensor[] teacher_logits, "
       "Tensor? temperature, float temperature_value, float student_temperature, float eps, "
       "Tensor coefficient) -> (Tensor, Tensor[])");
-  // wants_*: bit k for list entry k -> the wanted gradients [N, C], and by temperature [K, N]
+  // grad_kl acc [K, N], or [K] for all rows; wants_*: bit k for list entry k -> the wanted
+  // gradients [N, C], and by temperature [K, N]
   m.def(
       "multi_teacher_kl_backward(Tensor grad_kl, Tensor[] student_logits, "
       "Tensor[] teacher_logits, Tensor? temperature, float temperature_value, "
