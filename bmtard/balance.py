@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
@@ -31,8 +30,6 @@ TEMPERATURE_LR = 1e-3
 TEMPERATURE_MOMENTUM = 0.0
 WEIGHT_LR = 0.025
 LOSS_EXPONENT = 1.0
-
-_STATE: Callable[[Any], tuple[Any, ...]] = operator.itemgetter(*BalanceState._fields)
 
 
 def check_settings(op: str, **settings: Any) -> None:
@@ -423,7 +420,8 @@ class BMTARDLoss(_Balance):
     def state(self) -> BalanceState:
         """The buffers that a step reads and writes, not copies of them."""
         # Past nn.Module's attribute look-up, which takes half a microsecond for each.
-        return BalanceState._make(_STATE(self._buffers))
+        buffers: Any = self._buffers
+        return BalanceState(*[buffers[name] for name in BalanceState._fields])
 
     def forward(self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor]) -> Tensor:
         averages = self.process_group is not None and self.training
