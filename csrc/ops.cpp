@@ -78,6 +78,9 @@ BMTARD_IMPLEMENT(CUDA)
 extern "C" __attribute__((visibility("default"))) const char* bmtard_build_info() {
   static const std::string info = []() -> std::string {
     std::string text = "{\"torch\": \"" BMTARD_TORCH_VERSION "\", \"target\": \"2.10\", ";
+#if defined(BMTARD_TUNING)
+    text += "\"tuning\": true, ";
+#endif
 #if defined(BMTARD_CUDA)
     text += "\"cuda\": true, \"cuda_runtime\": " + std::to_string(bmtard::cuda::runtime_version()) +
             ", \"cuda_architectures\": \"" + bmtard::cuda::architectures() + "\", ";
