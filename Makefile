@@ -18,7 +18,7 @@ CUDA_TORCH ?= torch==2.11.0
 # A GPU host may have its own Python with torch, and no network.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help venv demo test fuzz sanitize sanitize-cpu cuda-check gpu lint format docs wheel sdist test-wheel bench clean
+.PHONY: help venv demo test fuzz sanitize sanitize-cpu cuda-check gpu gpu-bundle lint format docs wheel sdist test-wheel bench clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## /\1\t/p' Makefile | expand -t 12
@@ -43,8 +43,11 @@ fuzz: venv  ## random calls of the ops against a NumPy oracle; FUZZ_ARGS="--seco
 cuda-check: $(CUDA_VENV)/installed  ## compile the CUDA kernels, check their machine code; no GPU needed
 	$(CUDA_VENV)/bin/python tools/cuda_check.py
 
-gpu:  ## on a GPU: tests, compute-sanitizer, CUDA graphs, benchmarks
+gpu:  ## on a GPU: tests, compute-sanitizer, CUDA graphs, benchmarks, tuning, training
 	$(GPU_PYTHON) tools/gpu_check.py $(GPU_ARGS)
+
+gpu-bundle: venv  ## what a bare GPU machine without a network needs; BUNDLE_ARGS="--data FOLDER"
+	$(BIN)/python tools/gpu_bundle.py $(BUNDLE_ARGS)
 
 lint: venv  ## check style and types; changes nothing
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

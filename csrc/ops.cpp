@@ -27,12 +27,13 @@ STABLE_TORCH_LIBRARY(bmtard, m) {
       "multi_teacher_kl(Tensor[] student_logits, Tensor[] teacher_logits, Tensor? temperature, "
       "float temperature_value, float student_temperature, float eps, bool with_statistics) "
       "-> (Tensor, Tensor)");
-  // As above, K students; coefficient = dL/dKL acc [K, N] -> kl, d L / d student k [N, C]
+  // As above, K students; coefficient = dL/dKL acc [K, N] or [K] -> kl, d L / d student k [N, C]
   m.def(
       "multi_teacher_kl_with_gradients(Tensor[] student_logits, Tensor[] teacher_logits, "
       "Tensor? temperature, float temperature_value, float student_temperature, float eps, "
       "Tensor coefficient) -> (Tensor, Tensor[])");
-  // wants_*: bit k for list entry k -> the wanted gradients [N, C], and by temperature [K, N]
+  // grad_kl acc [K, N], or [K] for all rows; wants_*: bit k for list entry k -> the wanted
+  // gradients [N, C], and by temperature [K, N]
   m.def(
       "multi_teacher_kl_backward(Tensor grad_kl, Tensor[] student_logits, "
       "Tensor[] teacher_logits, Tensor? temperature, float temperature_value, "
@@ -77,6 +78,9 @@ BMTARD_IMPLEMENT(CUDA)
 extern "C" __attribute__((visibility("default"))) const char* bmtard_build_info() {
   static const std::string info = []() -> std::string {
     std::string text = "{\"torch\": \"" BMTARD_TORCH_VERSION "\", \"target\": \"2.10\", ";
+#if defined(BMTARD_TUNING)
+    text += "\"tuning\": true, ";
+#endif
 #if defined(BMTARD_CUDA)
     text += "\"cuda\": true, \"cuda_runtime\": " + std::to_string(bmtard::cuda::runtime_version()) +
             ", \"cuda_architectures\": \"" + bmtard::cuda::architectures() + "\", ";

@@ -45,6 +45,15 @@ BENCH = {
     ],
 }
 
+TUNE = {
+    "cases": [
+        {"regime": "small head", "name": "max_cluster", "default": 8, "default_us": 6.0,
+         "best": 4, "best_us": 5.0},
+        {"regime": "small head", "name": "small_batch", "default": 32768, "default_us": 6.0,
+         "best": 32768, "best_us": 6.0},
+    ]
+}  # fmt: skip
+
 # Stands in for Python and, at the end of its command, for compute-sanitizer. What it is told to
 # do stands in the folder of its environment variable FAKE.
 FAKE = f"""#!{sys.executable}
@@ -68,12 +77,21 @@ elif "--tool" in arguments:
         what = "hazards displayed (0 errors, 0 warnings)" if tool == "racecheck" else "errors"
         print(f"========= SUMMARY: 0 {{what}}")
 elif "benchmarks" in arguments:
+    file = pathlib.Path(arguments[arguments.index("--json") + 1])
+    file.write_text("{{" if file.stem in told.get("cut", ()) else json.dumps({BENCH!r}))
+    if file.stem in told.get("killed", ()):
+        os.kill(os.getpid(), 9)
     plots = pathlib.Path(arguments[arguments.index("--plot") + 1])
-    pathlib.Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps({BENCH!r}))
-    (plots / "softmax_entropy.png").write_bytes(b"")
+    plots.mkdir(exist_ok=True)
+    (plots / "speedup.png").write_bytes(b"")
     print("4 measurements")
+elif "tools/gpu_tune.py" in arguments:
+    pathlib.Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps({TUNE!r}))
+    print("1 constant tried")
+elif "reproduce" in arguments:
+    print("4 runs")
 else:
-    name = "graphs" if "graph" in arguments else "tests"
+    name = "graphs" if "graph" in arguments else "smoke" if "small" in arguments else "tests"
     if name in told.get("hang", ()):
         time.sleep(3600)
     failed = name in told.get("errors", ())
@@ -129,14 +147,18 @@ STEM = f"h100-80gb-hbm3-{TODAY}"
 def test_everything_is_run_and_written(tool, capsys):
     assert tool.run_all() == 0
     result = tool.result()
-    assert list(result["parts"]) == ["tests", "sanitizer", "graphs", "bench"]
+    assert list(result["parts"]) == list(tool.PARTS)
+    assert list(tool.PARTS)[:5] == ["smoke", "tests", "sanitizer", "graphs", "bench"]
+    assert sum(list(tool.PARTS.values())[:4]) < 570  # a command may take ten minutes
+    assert all(seconds <= 480 for seconds in tool.PARTS.values())
     assert list(result["parts"]["sanitizer"]) == list(tool.SANITIZERS)
     assert all(step["ok"] for steps in result["parts"].values() for step in steps.values())
     assert result["parts"]["tests"]["tests"]["closing"] == "7 passed in 2 s"
     assert result["nvidia_smi"]["driver_version"] == "580.1"
     assert result["nvidia_smi"]["clocks.sm"] == "345"
     assert result["machine"] == PROBED
-    assert result["bench"] == BENCH
+    assert result["bench"] == {name: BENCH for name, _ in tool.BENCHMARKS}
+    assert result["tune"] == TUNE
 
     text = (tool.out / f"{STEM}.md").read_text()
     assert text.startswith(f"# bmtard on NVIDIA H100 80GB HBM3, {TODAY}\n")
@@ -145,24 +167,24 @@ def test_everything_is_run_and_written(tool, capsys):
     # The larger shape; 14.5 MB in 10 us are half of the copy bandwidth.
     assert "| softmax_entropy | 8192x32k | float32 | forward | graph_cold | 10.0 | 50% |" in text
     assert "128x10" not in text
-    assert f"![softmax_entropy]({STEM}/softmax_entropy.png)" in text
-    assert (tool.out / STEM / "softmax_entropy.png").is_file()
+    assert "| small head | max_cluster | 8 | 4 | 1.20 |" in text
+    assert "small_batch" not in text
+    assert f"![speedup]({STEM}/step/speedup.png)" in text
+    assert (tool.out / STEM / "step" / "speedup.png").is_file()
 
     summary = capsys.readouterr().out
-    for name in ("tests", *tool.SANITIZERS, "graphs", "bench"):
+    for name in ("smoke", "tests", *tool.SANITIZERS, "graphs", "pgd_step_", "tune", "train"):
         assert f"  {name:10} passed" in summary
 
 
 def test_commands(tool):
     assert tool.run_all() == 0
     commands = [(name, arguments) for name, arguments, _ in tool.calls() if "-c" not in arguments]
-    assert [name for name, _ in commands] == [
-        "python",
-        *["compute-sanitizer"] * 4,
-        "python",
-        "python",
-    ]
-    tests, memcheck, _, _, _, graphs, _ = (arguments for _, arguments in commands)
+    names = [name for name, _ in commands]
+    assert names[:7] == ["python", "python", *["compute-sanitizer"] * 4, "python"]
+    assert set(names[7:]) == {"python"}
+    smoke, tests, memcheck, _, _, _, graphs = (arguments for _, arguments in commands[:7])
+    assert "tests/test_cuda_kernels.py" in smoke
     # Together the two parts run every test of the device once.
     assert tests[tests.index("-k") + 1] == f"not {graphs[graphs.index('-k') + 1]}"
     assert "cuda" in tests
@@ -190,7 +212,7 @@ def test_a_failure_does_not_lose_the_others(tool, capsys):
     failed = {name for steps in parts.values() for name, step in steps.items() if not step["ok"]}
     assert failed == {"tests", "racecheck"}
     assert parts["sanitizer"]["racecheck"]["closing"] == "ERROR SUMMARY: 2 errors"
-    assert tool.result()["bench"] == BENCH
+    assert tool.result()["bench"]["step"] == BENCH
     summary = capsys.readouterr().out
     assert "  tests      FAILED" in summary
     assert "  graphs     passed" in summary
@@ -210,7 +232,7 @@ def test_parts_add_up_in_one_file(tool):
     tool.told(errors=["graphs"])
     assert tool.run_all("--part", "graphs") == 1
     assert list(tool.result()["parts"]) == ["bench", "graphs"]
-    assert tool.result()["bench"] == BENCH
+    assert tool.result()["bench"]["step"] == BENCH
     tool.told()
     assert tool.run_all("--part", "graphs", "tests") == 0
     assert tool.result()["parts"]["graphs"]["graphs"]["ok"]
@@ -218,12 +240,50 @@ def test_parts_add_up_in_one_file(tool):
 
 def test_a_part_that_hangs_is_stopped(tool, monkeypatch):
     """The program sleeps for an hour: however slow the machine is, it is stopped before its end."""
-    monkeypatch.setattr(tool, "PART_SECONDS", 0.5)
+    monkeypatch.setitem(tool.PARTS, "graphs", 0.5)
     tool.told(hang=["graphs"])
     assert tool.run_all("--part", "graphs") == 1
     step = tool.result()["parts"]["graphs"]["graphs"]
     assert not step["ok"]
-    assert step["closing"].startswith("stopped after 0 s; ")
+    assert step["closing"].startswith("stopped after 1 s; ")
+
+
+def test_what_a_step_wrote_before_it_was_stopped_is_kept(tool, monkeypatch):
+    """The first benchmark is killed after it wrote; the second wrote half a file."""
+    monkeypatch.setattr(tool, "BENCHMARKS", tool.BENCHMARKS[:3])
+    (first, _), (second, _), (third, _) = tool.BENCHMARKS
+    tool.told(killed=[first], cut=[second])
+    assert tool.run_all("--part", "bench") == 1
+    assert tool.result()["bench"] == {first: BENCH, third: BENCH}
+    assert not tool.result()["parts"]["bench"][first]["ok"]
+
+
+def test_the_result_is_written_after_every_step(tool, monkeypatch):
+    """A tool that is killed in its second step leaves the first one's result."""
+    ended = tool.run_step
+
+    def killed(step, seconds, stand_in):
+        if step.name == "tests":
+            raise KeyboardInterrupt
+        return ended(step, seconds, stand_in)
+
+    monkeypatch.setattr(tool, "run_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tool.run_all()
+    assert tool.result()["parts"]["smoke"]["smoke"]["ok"]
+
+
+def test_rehearsal_needs_no_gpu(tool, tmp_path):
+    (tmp_path / "bin" / "nvidia-smi").unlink()
+    (tmp_path / "bin" / "compute-sanitizer").unlink()
+    assert tool.main(["--stand-in", "--out", str(tool.out)]) == 0
+    (file,) = tool.out.glob("rehearsal-*.json")
+    parts = json.loads(file.read_text())["parts"]
+    assert list(parts) == list(tool.PARTS)
+    assert not set(parts["sanitizer"]) & set(tool.SANITIZERS)
+    for _, arguments, env in tool.calls():
+        assert "BMTARD_REQUIRE_CUDA" not in env
+        assert "cuda" not in arguments
 
 
 def test_a_program_that_is_missing_has_failed(tool, tmp_path):

@@ -2,16 +2,20 @@
 
     python tools/gpu_check.py                      # everything
     python tools/gpu_check.py --part tests graphs  # parts, each below ten minutes
+    python tools/gpu_check.py --stand-in           # a rehearsal: the CPU stands in for the device
 
+    smoke      every kernel once, small, against plain torch in float64
     tests      the tests of the ops on the device
     sanitizer  compute-sanitizer's memcheck, racecheck, synccheck, initcheck on a few small calls
     graphs     CUDA graphs: captured once, replayed with other inputs, equal to eager
-    bench      the microbenchmarks
+    bench      the microbenchmarks, op by op, and a whole training step
+    tune       other thresholds and launch shapes (tools/gpu_tune.py); needs a tuning build
+    train      a short bmtard reproduce cifar10-gpu, where BMTARD_DATA names a folder
 
 Needs a GPU, a CUDA torch and bmtard/_C.so with kernels for that GPU; no network, no compiler.
-Writes <gpu>-<date>.json and .md, and the plots, into --out. A part that fails does not keep the
-others from running; parts run one after the other on one day share the files. Exit status 1 if
-anything failed.
+tools/gpu_bundle.py packs what a bare machine lacks. Writes <gpu>-<date>.json and .md, and the
+plots, into --out, anew after every step. What fails or takes too long does not keep the rest from
+running; parts run one after the other on one day share the files. Exit status 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -35,9 +39,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build" / "gpu-check"
 PYTHON = sys.executable
-PARTS = ("tests", "sanitizer", "graphs", "bench")
+# Seconds of each part, all its steps together. The first four fit into ten minutes.
+PARTS = {
+    "smoke": 60, "tests": 240, "sanitizer": 180, "graphs": 60, "bench": 420, "tune": 300,
+    "train": 360,
+}  # fmt: skip
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-PART_SECONDS = 570  # of a part, all its steps together
+# Of the benchmarks, in this order: (name, options).
+BENCHMARKS = [
+    *((op, ["--op", op, "--no-sweep"]) for op in (
+        "softmax_entropy", "multi_teacher_kl", "bmtard_loss_sign", "bmtard_loss_bisect",
+        "bisect_temperature", "bisect_temperature_batch", "pgd_step_",
+    )),
+    ("step", ["step"]),
+]  # fmt: skip
 QUERY = (
     "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,"
     "temperature.gpu,utilization.gpu,clocks_throttle_reasons.active"
@@ -90,6 +105,32 @@ print(json.dumps({
 }))
 """
 
+# The same facts of the CPU.
+STAND_IN_PROBE = """
+import json
+import torch
+import bmtard
+from bmtard.benchmarks.timing import copy_bandwidth
+
+info = bmtard.build_info()
+if not info.native:
+    raise SystemExit(info.reason)
+print(json.dumps({
+    "torch": torch.__version__,
+    "cuda": torch.version.cuda,
+    "device": "no GPU, the CPU stands in",
+    "compute_capability": "-",
+    "multiprocessors": 0,
+    "bmtard": info.version,
+    "bmtard_architectures": info.cuda_architectures,
+    "copy_gb_per_s": round(copy_bandwidth(torch.device("cpu")) / 1e9, 1),
+    "nvidia_smi_while_copying": "-",
+}))
+"""
+
+# On the CPU, which compiles slowly, a look is enough.
+REHEARSED = [("softmax_entropy", ["--op", "softmax_entropy", "--quick", "--provider", "bmtard"])]
+
 
 @dataclass
 class Step:
@@ -97,6 +138,7 @@ class Step:
 
     name: str
     command: list[str]
+    writes: str = ""  # a JSON file in the folder of the results, which becomes part of them
     env: dict[str, str] = field(default_factory=dict)
     must_say: str = ""  # a pattern of the output, without which the step has failed
 
@@ -122,18 +164,22 @@ def gpu_state() -> dict[str, str]:
     return dict(zip(QUERY.split(","), values, strict=True))
 
 
-def environment() -> dict[str, str]:
+def environment(stand_in: bool = False) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    required = {"BMTARD_REQUIRE_CUDA": "1", "BMTARD_REQUIRE_NATIVE": "1"}
+    required = {"BMTARD_REQUIRE_NATIVE": "1"}
+    if not stand_in:
+        required["BMTARD_REQUIRE_CUDA"] = "1"
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **required}
 
 
-def probe() -> dict[str, Any]:
+def probe(stand_in: bool = False) -> dict[str, Any]:
     """The device as torch sees it, and the copy bandwidth, bytes read plus bytes written."""
     if not (ROOT / "bmtard" / "_C.so").is_file():
         fail("bmtard/_C.so is missing: build it with make venv, or carry it along")
-    command = [PYTHON, "-c", PROBE, *nvidia_smi()]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT)
+    command = [PYTHON, "-c", STAND_IN_PROBE] if stand_in else [PYTHON, "-c", PROBE, *nvidia_smi()]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(stand_in), cwd=ROOT
+    )
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         fail(f"the device cannot be used: {said[-1]}")
@@ -141,16 +187,27 @@ def probe() -> dict[str, Any]:
     return found
 
 
-def steps_of(part: str, folder: Path) -> list[Step]:
-    pytest = [PYTHON, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"]
-    # No test of a device is in these; they need packages that a GPU host may lack.
-    pytest += ["--ignore=tests/training", "--ignore=tests/simt"]
+def steps_of(part: str, folder: Path, stand_in: bool = False) -> list[Step]:
+    device = "cpu" if stand_in else "cuda"
+    pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if stand_in:
+        # One file of them: make test runs the rest.
+        pytest += ["-m", "not cuda", "tests/test_cuda_kernels.py"]
+    else:
+        # No test of a device is in these; they need packages that a GPU host may lack.
+        pytest += ["-m", "cuda", "--ignore=tests/training", "--ignore=tests/simt"]
+    if part == "smoke":
+        file = [] if stand_in else ["tests/test_cuda_kernels.py"]
+        return [Step("smoke", [*pytest, "--maxfail=20", *file, "-k", "small"])]
     if part == "tests":
-        parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+        parallel = ["-n", "4"] if importlib.util.find_spec("xdist") and not stand_in else []
         return [Step("tests", [*pytest, *parallel, "-k", "not graph"])]
     if part == "graphs":
         return [Step("graphs", [*pytest, "-k", "graph"])]
     if part == "sanitizer":
+        small = ["-x", *([] if stand_in else ["tests/test_cuda_kernels.py"]), "-k", "small"]
+        if stand_in:  # it watches CUDA alone
+            return [Step("no sanitizer", [*pytest, *small])]
         # Without torch's cache of memory each tensor has bounds of its own.
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return [
@@ -161,18 +218,61 @@ def steps_of(part: str, folder: Path) -> list[Step]:
                     *("--tool", tool, "--error-exitcode", "66"),
                     *("--kernel-name", "kernel_substring=bmtard"),
                     *pytest,
-                    *("-x", "tests/test_cuda_kernels.py", "-k", "small"),
+                    *small,
                 ],
-                env,
+                env=env,
                 must_say=r"SUMMARY: 0 (errors|hazards)",
             )
             for tool in SANITIZERS
         ]
-    outputs = ["--json", str(folder / "bench.json"), "--plot", str(folder)]
-    return [Step("bench", [PYTHON, "-m", "benchmarks", "--device", "cuda", *outputs])]
+    if part == "tune":
+        command = [PYTHON, "tools/gpu_tune.py", "--device", device]
+        command += ["--seconds", str(PARTS["tune"] - 30), "--json", str(folder / "tune.json")]
+        tuning = ROOT / "bmtard" / "_C_tuning.so"
+        env = {"BMTARD_LIBRARY": str(tuning)} if tuning.is_file() and not stand_in else {}
+        return [Step("tune", command, env=env, writes="tune.json")]
+    if part == "train":
+        return [Step("train", [PYTHON, "-m", "bmtard", *training(folder, stand_in)])]
+    return [
+        Step(
+            name,
+            [
+                *(PYTHON, "-m", "benchmarks", *options, "--device", device),
+                *("--json", str(folder / f"{name}.json"), "--plot", str(folder / name)),
+            ],
+            writes=f"{name}.json",
+        )
+        for name, options in (BENCHMARKS if not stand_in else REHEARSED)
+    ]
 
 
-def run_step(step: Step, seconds: float) -> dict[str, Any]:
+def training(folder: Path, stand_in: bool) -> list[str]:
+    """The command of a short training of teachers and students."""
+    if stand_in:
+        sizes = ["--train.epochs", "1", "--train.device", "cpu", "--train.train-limit", "256"]
+        sizes += ["--evaluation.attacks", "fgsm", "pgd-sat", "--evaluation.limit", "16"]
+        names = ["bmtard, bisect"]
+    else:
+        sizes = ["--train.epochs", "3", "--train.train-limit", "20000"]
+        sizes += ["--evaluation.attacks", "fgsm", "pgd-sat", "--evaluation.limit", "1000"]
+        names = ["sat", "rslad", "bmtard, sign", "bmtard, bisect"]
+    if not os.environ.get("BMTARD_DATA"):
+        preset = "digits"  # bundled with scikit-learn
+    else:
+        preset = "cifar10-small" if stand_in else "cifar10-gpu"
+    if preset == "cifar10-small":
+        for role, method in (("clean", "natural"), ("robust", "sat")):
+            sizes += [f"--teacher-{role}", f"method={method} model=strided-cnn-16 epochs=1"]
+        sizes += ["--student", "epochs=1"]
+    elif preset == "digits" and not stand_in:
+        sizes += ["--train.device", "cuda"]
+    return [
+        "reproduce", preset, *sizes, "--seeds", "1", "--only", *names,
+        "--output", str(folder / "train"),
+    ]  # fmt: skip
+
+
+def run_step(step: Step, seconds: float, stand_in: bool = False) -> dict[str, Any]:
     """Runs a step, its output into a log; a step that takes too long is stopped."""
     LOGS.mkdir(parents=True, exist_ok=True)
     log = LOGS / f"{step.name}.log"
@@ -186,7 +286,7 @@ def run_step(step: Step, seconds: float) -> dict[str, Any]:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
-                env=environment() | step.env,
+                env=environment(stand_in) | step.env,
                 start_new_session=True,
             )
         except OSError as error:
@@ -216,32 +316,62 @@ def run_step(step: Step, seconds: float) -> dict[str, Any]:
     return result
 
 
-def run_part(part: str, folder: Path) -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    steps = steps_of(part, folder)
-    end = time.monotonic() + PART_SECONDS
+def run_part(part: str, folder: Path, stand_in: bool) -> Iterator[tuple[Step, dict[str, Any]]]:
+    """Its steps as they end. A step may take an equal share of what time is left."""
+    steps = steps_of(part, folder, stand_in)
+    end = time.monotonic() + PARTS[part]
     for i, step in enumerate(steps):
-        results[step.name] = run_step(step, (end - time.monotonic()) / (len(steps) - i))
-    return results
+        seconds = (end - time.monotonic()) / (len(steps) - i)
+        yield step, run_step(step, max(seconds, 1.0), stand_in)
+
+
+def take(result: dict[str, Any], part: str, file: Path) -> None:
+    """Moves what a step has written into the result."""
+    if not file.is_file():
+        return
+    text = file.read_text()
+    file.unlink()
+    try:
+        found = json.loads(text)
+    except ValueError:  # it was stopped while it wrote, or before
+        return
+    if part == "bench":
+        result["bench"] = {**(result["bench"] or {}), file.stem: found}
+    else:
+        result[part] = found
 
 
 def largest_figures(bench: dict[str, Any]) -> list[list[str]]:
     """Of each op, dtype and pass, bmtard at the most bytes."""
     most: dict[tuple[str, ...], dict[str, Any]] = {}
-    for record in bench.get("records", []):
-        if record.get("provider") != "bmtard" or record.get("sweep") or not record.get("measures"):
-            continue
-        key = tuple(str(record.get(name)) for name in ("op", "dtype", "pass_"))
-        if key not in most or record["ideal_bytes"] > most[key]["ideal_bytes"]:
-            most[key] = record
+    for run in bench.values():
+        copy = run.get("copy_bytes_per_second")
+        for record in run.get("records", []):
+            measured = record.get("provider") == "bmtard" and record.get("measures")
+            if not measured or record.get("sweep"):
+                continue
+            key = tuple(str(record.get(name)) for name in ("op", "dtype", "pass_"))
+            if key not in most or record["ideal_bytes"] > most[key]["ideal_bytes"]:
+                most[key] = {**record, "copy": copy}
     rows = []
     for (op, dtype, pass_), record in sorted(most.items()):
-        kind = next(k for k in ("graph_cold", "graph_hot", "wall") if k in record["measures"])
+        kinds = ("graph_cold", "graph_hot", "cpu_time", "wall")
+        kind = next(k for k in kinds if k in record["measures"])
         microseconds = record["measures"][kind]["median_us"]
         rate = record["ideal_bytes"] / microseconds * 1e6
-        share = f"{rate / copy:.0%}" if (copy := bench.get("copy_bytes_per_second")) else "-"
+        share = f"{rate / record['copy']:.0%}" if record["copy"] else "-"
         rows.append([op, record["shape"], dtype, pass_, kind, f"{microseconds:.1f}", share])
     return rows
+
+
+def winners(tuned: dict[str, Any]) -> list[list[str]]:
+    """Of each regime, the values that were faster than the defaults."""
+    return [
+        [case["regime"], case["name"], f"{case['default']}", f"{case['best']}",
+         f"{case['default_us'] / case['best_us']:.2f}"]
+        for case in tuned.get("cases", [])
+        if case["best"] != case["default"]
+    ]  # fmt: skip
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -275,13 +405,16 @@ def page(result: dict[str, Any], plots: Sequence[str]) -> str:
     if figures := largest_figures(result.get("bench") or {}):
         header = ["Op", "Shape", "Dtype", "Pass", "Measure", "us", "Of copy bandwidth"]
         parts += ["bmtard at the most bytes of each op:", table(header, figures)]
+    if rows := winners(result.get("tune") or {}):
+        header = ["Regime", "Constant", "Default", "Faster", "By"]
+        parts += ["Launch constants that another value beats:", table(header, rows)]
     parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]
     return "\n\n".join(parts) + "\n"
 
 
 def write(out: Path, stem: str, result: dict[str, Any]) -> Path:
     folder = out / stem
-    plots = sorted(f"{stem}/{path.name}" for path in folder.glob("*.png"))
+    plots = sorted(path.relative_to(out).as_posix() for path in folder.glob("**/*.png"))
     (out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / f"{stem}.md").write_text(page(result, plots))
     return out / f"{stem}.md"
@@ -291,18 +424,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results")
+    parser.add_argument(
+        "--stand-in", action="store_true", help="rehearse on the CPU; default --out: build"
+    )
     options = parser.parse_args(arguments)
+    stand_in = options.stand_in
+    out = options.out or (LOGS if stand_in else ROOT / "benchmarks" / "results")
+    out = out.resolve()
 
-    state = gpu_state()
-    machine = probe()
+    state = dict.fromkeys(QUERY.split(","), "-") if stand_in else gpu_state()
+    machine = probe(stand_in)
     today = date.today().isoformat()
     name = re.sub(r"[^a-z0-9]+", "-", state["name"].lower()).removeprefix("nvidia-").strip("-")
-    stem = f"{name}-{today}"
-    folder = options.out / stem
+    stem = f"{name or 'rehearsal'}-{today}"
+    folder = out / stem
     folder.mkdir(parents=True, exist_ok=True)
-    written = options.out / f"{stem}.json"
+    written = out / f"{stem}.json"
     earlier = json.loads(written.read_text()) if written.is_file() else {}
     result: dict[str, Any] = {
         "date": today,
@@ -310,14 +449,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "nvidia_smi": state,
         "parts": earlier.get("parts", {}),
         "bench": earlier.get("bench"),
+        "tune": earlier.get("tune"),
     }
+    report = write(out, stem, result)
     for part in options.part:
-        result["parts"][part] = run_part(part, folder)
-        if part == "bench" and (folder / "bench.json").is_file():
-            text = (folder / "bench.json").read_text()
-            result["bench"] = json.loads(text) if text else None
-            (folder / "bench.json").unlink()
-        report = write(options.out, stem, result)  # after each part, so that none is lost
+        result["parts"][part] = {}
+        for step, ended in run_part(part, folder, stand_in):
+            result["parts"][part][step.name] = ended
+            if step.writes:
+                take(result, part, folder / step.writes)
+            report = write(out, stem, result)  # after each step, so that none is lost
 
     print(f"\ngpu-check: {machine['device']}, copy {machine['copy_gb_per_s']} GB/s; {report}")
     steps = {name: step for part in options.part for name, step in result["parts"][part].items()}

@@ -56,7 +56,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--sweep", action=argparse.BooleanOptionalAction, help="time along N, C and K as well"
     )
-    made.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    made.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the result here, case by case"
+    )
     made.add_argument("--plot", type=Path, metavar="DIR", help="draw it here")
     made.add_argument(
         "--compare", type=Path, nargs="+", metavar=("OLD.json", "NEW.json"),
@@ -153,8 +155,16 @@ def _measure(options: argparse.Namespace, display: table.Display, command: str) 
         tolerance=options.tolerance,
         sweep=options.sweep,
     )
+
+    def keep(report: Report) -> None:
+        """What is measured survives if the run is stopped."""
+        if options.json:
+            report.save(options.json)
+
     with display:
-        report = run(selection, ops, providers, command=command, progress=display.advance)
+        report = run(
+            selection, ops, providers, command=command, progress=display.advance, keep=keep
+        )
     _show(display, report, options.tolerance)
     return report
 

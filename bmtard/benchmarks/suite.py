@@ -216,8 +216,12 @@ def run(
     *,
     command: str,
     progress: Progress = lambda done, total, text: None,
+    keep: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-    """Measures the selection. Wrong, failed, absent and skipped providers are records too."""
+    """Measures the selection. Wrong, failed, absent and skipped providers are records too.
+
+    ``keep`` gets the report so far after each op, shape, dtype and pass.
+    """
     groups = choose(selection, ops, providers)
     device, began = selection.device, time.perf_counter()
     quick, seconds = selection.preset == "quick", min(0.3, selection.seconds or 0.3)
@@ -242,6 +246,8 @@ def run(
         progress(index, len(groups), text)
         limit = selection.max_memory or free_memory(device) // 2
         report.records += measure_group(group, providers, limit, timer)
+        report.seconds = round(time.perf_counter() - began, 1)
+        keep(report)
         if timer is not None:
             torch.cuda.empty_cache()
     report.seconds = round(time.perf_counter() - began, 1)

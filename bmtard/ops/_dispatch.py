@@ -134,15 +134,15 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 # Private to torch: a batch of vmap, and of the older vmap behind ``is_grads_batched``.
-_batch_tests: list[Callable[[Tensor], bool]] = [
+_in_vmap, _in_legacy_vmap = (
     getattr(torch._C._functorch, name, lambda tensor: False)
     for name in ("is_batchedtensor", "is_legacy_batchedtensor")
-]
+)
 
 
 def is_batched(tensor: Tensor) -> bool:
     """Whether a vmap takes ``tensor`` for a batch of tensors."""
-    return any(test(tensor) for test in _batch_tests)
+    return bool(_in_vmap(tensor) or _in_legacy_vmap(tensor))
 
 
 def derived(tensor: Tensor) -> bool:
@@ -266,15 +266,12 @@ class NoDoubleBackward(torch.autograd.Function):
 class AttachGradients(torch.autograd.Function):
     """Gives a loss its gradients, which the op computed together with it.
 
-    ``tensors`` are the K gradients and then the K students. The gradients are ``headroom`` times
-    too large.
+    ``tensors`` are the K gradients and then the K students.
     """
 
     @staticmethod
-    def forward(ctx: Any, op: str, headroom: float, loss: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.op = op
-        ctx.headroom = headroom
-        ctx.given_away = False
+    def forward(ctx: Any, op: str, loss: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.op, ctx.headroom, ctx.given_away = op, 1.0, False
         save(ctx, *tensors)
         return loss
 
@@ -283,19 +280,26 @@ class AttachGradients(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         tensors = saved(ctx)
         grads = tensors[: len(tensors) // 2]
-        if ctx.headroom != 1.0:
-            grad = grad / ctx.headroom
-        # A gradient of 1 is the usual case: the CPU path looks at it here, the CUDA kernel on the
-        # device, and neither passes over memory then. The buffers may be scaled in place only if
-        # no later backward needs them and no earlier one returned them.
-        traced = torch.compiler.is_compiling() or in_transform() or is_batched(grad)
-        if grad.is_cpu and not traced and grad.item() == 1.0:
-            ctx.given_away = True
-        elif traced or ctx.given_away or _graph_is_kept():
-            grads = [(g.to(grad.dtype) * grad).to(g.dtype) for g in grads]
-        else:
-            native.scale_(grads, grad)
-        return (None, None, None, *(None,) * len(grads), *grads)
+        return (None, None, *(None,) * len(grads), *times_incoming(ctx, grads, grad))
+
+
+def times_incoming(ctx: Any, grads: Sequence[Tensor], grad: Tensor) -> Sequence[Tensor]:
+    """The saved ``grads``, which are ``ctx.headroom`` times too large, times the incoming ``grad``.
+
+    The usual ``grad`` leaves them as they are: the CPU path looks at it here, the CUDA kernel on
+    the device, and neither passes over memory then. They may be scaled in place only if no later
+    backward needs them and no earlier one returned them; ``ctx.given_away`` says that one did.
+    """
+    traced = torch.compiler.is_compiling() or in_transform() or is_batched(grad)
+    if not traced and grad.is_cpu and grad.item() == ctx.headroom:
+        ctx.given_away = True
+        return grads
+    if ctx.headroom != 1.0:
+        grad = grad / ctx.headroom
+    if traced or ctx.given_away or _graph_is_kept():
+        return [(g.to(grad.dtype) * grad).to(g.dtype) for g in grads]
+    native.scale_(grads, grad)
+    return grads
 
 
 # Private to torch, which uses it to decide whether a compiled backward may reuse its buffers.

@@ -126,7 +126,9 @@ def bisect_temperature(
     if wants_gradient(logits, target):
         return TemperatureSearch(*_BisectTemperature.apply(logits, target, start, *arguments))
     fields = native.bisect_temperature(rows_of(logits), flat(target), flat(start), *arguments)
-    temperature, entropy, _, status, iterations = (field.view(rows_shape) for field in fields)
+    if len(rows_shape) > 1:
+        fields = [field.view(rows_shape) for field in fields]
+    temperature, entropy, _, status, iterations = fields
     return TemperatureSearch(temperature, entropy, status, iterations)
 
 

@@ -18,8 +18,12 @@ from bmtard.ops._dispatch import (
     in_transform,
     mark_overwritten,
     native,
+    once_differentiable,
     register_fake,
     rows_of,
+    save,
+    saved,
+    times_incoming,
     wants_gradient,
 )
 from bmtard.reference import accumulation_dtype
@@ -52,34 +56,47 @@ def bmtard_loss(
     if first.dim() != 2:
         students, teachers = [rows_of(s) for s in students], [rows_of(t) for t in teachers]
     wants_grad = wants_gradient(*students)
-    # The op changes the state, so it runs outside of autograd. It returns the gradients with the
-    # loss; AttachGradients hands them to autograd.
     inputs = (
-        [s.detach() for s in students] if wants_grad else students, teachers, *state,
-        update, mode == "sign", *bounds, temperature_momentum, loss_exponent,
+        teachers, *state, update, mode == "sign", *bounds, temperature_momentum, loss_exponent,
         student_temperature, eps,
     )  # fmt: skip
     if torch.compiler.is_compiling():
+        # The op changes the state, so it runs outside of autograd. It returns the gradients with
+        # the loss; AttachGradients hands them to autograd.
         loss, grads, factor = torch.ops.bmtard.bmtard_loss_of_any_size.default(
-            *inputs, reduction, tolerance, max_iterations, wants_grad
-        )
+            [s.detach() for s in students] if wants_grad else students,
+            *inputs, reduction, tolerance, max_iterations, wants_grad,
+        )  # fmt: skip
         if not wants_grad:
             return loss
         # The powers of two cancel. Backward, they divide the incoming gradient.
         loss = loss * factor
-        attached = AttachGradients.apply(
-            "BMTARDLoss", 1.0, loss, *grads.unbind(), *distinct(students)
-        )
+        attached = AttachGradients.apply("BMTARDLoss", loss, *grads.unbind(), *distinct(students))
         return attached / factor
     scale, headroom = _factors(first, reduction, student_temperature)
-    loss, grads = native.bmtard_loss(
-        *inputs, scale, scale * headroom, tolerance, max_iterations, wants_grad
-    )
+    arguments = (*inputs, scale, scale * headroom, tolerance, max_iterations, wants_grad)
+    if wants_grad:
+        loss = _BMTARDLoss.apply(headroom, arguments, *students)
+    else:
+        loss, _ = native.bmtard_loss(students, *arguments)
     if update:
         mark_overwritten(*state[:5], state.step, state.status)
-    if not wants_grad:
+    return loss
+
+
+class _BMTARDLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, headroom: float, arguments: tuple[Any, ...], *students: Tensor) -> Tensor:
+        loss, grads = native.bmtard_loss(students, *arguments)
+        ctx.headroom, ctx.given_away = headroom, False
+        # The students are saved for create_graph alone: a second derivative by them must raise.
+        save(ctx, grads, *students)
         return loss
-    return AttachGradients.apply("BMTARDLoss", headroom, loss, *grads.unbind(), *students)
+
+    @staticmethod
+    @once_differentiable("BMTARDLoss")
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return (None, None, *times_incoming(ctx, saved(ctx)[0].unbind(), grad))
 
 
 def _factors(logits: Tensor, reduction: str, student_temperature: float) -> tuple[float, float]:

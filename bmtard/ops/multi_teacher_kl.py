@@ -198,7 +198,7 @@ def multi_teacher_kl(
                 kl = _without_ignored(kl, sample_weight)
             loss = (kl * coefficient).sum()
             return AttachGradients.apply(
-                op, 1.0, loss, *grads, *distinct([rows_of(s) for s in students])
+                op, loss, *grads, *distinct([rows_of(s) for s in students])
             )
         else:
             kl = _MultiTeacherKL.apply(
@@ -286,6 +286,8 @@ def _reduced(
     """[K, N] -> [K], but for "none". The mean of no rows is 0 / 0 = NaN."""
     if reduction == "none":
         return kl
+    if reduction == "batchmean":
+        return kl.mean(1)
     total = kl.sum(1)
     return total if reduction == "sum" else total / _divisor(reduction, logits, sample_weight)
 
@@ -324,20 +326,18 @@ class _MultiTeacherKL(torch.autograd.Function):
             )
         n = ctx.num_students
         rows = [rows_of(x) for x in logits]
-        if ctx.reduction != "none":
-            if ctx.reduction != "sum":
-                # From the shapes: torch.compile cannot keep a size that changes in ctx.
-                grad = grad / _divisor(ctx.reduction, rows[0])
-            grad = grad.unsqueeze(1).expand(-1, rows[0].shape[0])
+        if ctx.reduction not in ("none", "sum"):
+            # From the shapes: torch.compile cannot keep a size that changes in ctx.
+            grad = grad / _divisor(ctx.reduction, rows[0])
         grad_students, grad_teachers, grad_temperature = native.multi_teacher_kl_backward(
             grad, rows[:n], rows[n:], temperature, *ctx.options, statistics,
             _mask(wants[:n]), _mask(wants[n:]), wants_temperature,
         )  # fmt: skip
         computed = iter([*grad_students, *grad_teachers])
-        grad_logits = [
-            next(computed).view(x.shape) if wanted else None
-            for x, wanted in zip(logits, wants, strict=True)
-        ]
+        grad_logits: list[Tensor | None] = [next(computed) if wanted else None for wanted in wants]
+        if logits[0].dim() != 2:
+            shape = logits[0].shape
+            grad_logits = [grad if grad is None else grad.view(shape) for grad in grad_logits]
         if not wants_temperature:
             grad_temperature = None
         else:
@@ -349,7 +349,11 @@ class _MultiTeacherKL(torch.autograd.Function):
 
 def _mask(wanted: Sequence[bool]) -> int:
     """The flags as bits: bit k is entry k."""
-    return sum(1 << k for k, one in enumerate(wanted) if one)
+    bits = 0
+    for k, one in enumerate(wanted):
+        if one:
+            bits |= 1 << k
+    return bits
 
 
 @register_fake("multi_teacher_kl")

@@ -15,6 +15,7 @@ namespace bmtard {
 namespace cuda {
 
 constexpr int64_t kSmallBatch = 32 * 1024;  // elements of a matrix
+constexpr int64_t kFewestElements = 1024;   // of a block of a grid
 constexpr int64_t kMaxSlots = 512;
 constexpr int kBatchThreads = 512;
 
@@ -27,7 +28,6 @@ struct BatchPlan {
 // `kept`: the number of matrices that every round reads, and of all that may stay.
 template <typename Shape, typename Kernel>
 BatchPlan plan_batch(Kernel* kernel, int64_t rows, int64_t classes, int first_kept, int all_kept) {
-  constexpr int64_t kFewestElements = 1024;  // of a block
   BatchPlan plan = {{1, Shape::kThreads}, 0};
   const auto keep = [&](int64_t blocks) {
     for (const int matrices : {all_kept, first_kept}) {
@@ -38,19 +38,19 @@ BatchPlan plan_batch(Kernel* kernel, int64_t rows, int64_t classes, int first_ke
       return;
     }
   };
-  if (rows * classes <= kSmallBatch) {
+  if (rows * classes <= tuned("small_batch", kSmallBatch)) {
     // A second read of the same rows costs less than a cluster's barrier.
     const int64_t wanted = rows <= 2 * Shape::kRows ? 1 : ceil_divide(rows, Shape::kRows);
-    while (plan.grid.cluster < wanted && 2 * plan.grid.cluster <= simt::max_cluster()) {
+    while (plan.grid.cluster < wanted && 2 * plan.grid.cluster <= largest_cluster()) {
       plan.grid.cluster *= 2;
     }
     plan.grid.blocks = plan.grid.cluster;
     keep(plan.grid.blocks);
     return plan;
   }
-  int64_t blocks = ceil_divide(rows * classes, kFewestElements);
-  if (rows < blocks) blocks = rows;
-  if (kMaxSlots < blocks) blocks = kMaxSlots;
+  int64_t blocks = ceil_divide(rows * classes, tuned("block_elements", kFewestElements));
+  const int64_t slots = tuned("grid_blocks", kMaxSlots);
+  for (const int64_t most : {rows, slots, kMaxSlots}) blocks = most < blocks ? most : blocks;
   const int64_t one_each = simt::multiprocessors();
   keep(blocks < one_each ? blocks : one_each);
   int64_t resident = simt::resident_blocks(kernel, Shape::kThreads, plan.grid.shared_bytes);

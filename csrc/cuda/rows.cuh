@@ -17,6 +17,7 @@
 #include "../core/temperature_search.h"
 #include "../kernels.h"
 #include "simt.cuh"
+#include "tuned.h"
 
 namespace bmtard {
 namespace cuda {
@@ -433,6 +434,12 @@ size_t cache_bytes(int64_t classes, int64_t rows, int blocks = 1) {
   return static_cast<size_t>(rows * tiles * Shape::kSpan) * sizeof(typename Shape::Type);
 }
 
+inline int largest_cluster() {
+  const int most = simt::max_cluster();
+  const int64_t wanted = tuned("max_cluster", most);
+  return wanted < most ? static_cast<int>(wanted) : most;
+}
+
 // Whether a block can have so much shared memory, beside the arrays that kernels declare.
 inline bool fits_in_shared(size_t bytes) {
   constexpr size_t kOthers = 8 * 1024;
@@ -448,18 +455,19 @@ struct RowPlan {
 // For `groups` groups. Each keeps `kept` rows in shared memory if they fit.
 template <typename Shape>
 RowPlan plan_rows(int64_t groups, int64_t classes, int kept) {
-  constexpr size_t kWorthwhile = 96 * 1024;  // more would leave a multiprocessor idle
-  constexpr int kFewestTiles = 2;            // of a block
+  // More would leave a multiprocessor idle.
+  const size_t worthwhile = static_cast<size_t>(tuned("cached_bytes", 96 * 1024));
+  const int64_t fewest_tiles = tuned("split_tiles", 2);  // of a block
   RowPlan plan;
   const auto cached = [&](int split) {
     const size_t bytes = cache_bytes<Shape>(classes, kept, split);
-    return bytes <= kWorthwhile && fits_in_shared(bytes);
+    return bytes <= worthwhile && fits_in_shared(bytes);
   };
   if constexpr (Shape::kSplit) {
-    const int most = simt::max_cluster();
+    const int most = largest_cluster();
     const int64_t idle = simt::multiprocessors();
     while (2 * plan.split <= most &&
-           ceil_divide(classes, Shape::kSpan) >= 2 * plan.split * kFewestTiles &&
+           ceil_divide(classes, Shape::kSpan) >= 2 * plan.split * fewest_tiles &&
            (groups * plan.split < idle || !cached(plan.split))) {
       plan.split *= 2;
     }

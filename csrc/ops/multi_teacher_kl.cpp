@@ -18,14 +18,17 @@ Tensors gradients(int64_t wanted, int64_t count, const Tensor& like, void** poin
   return all;
 }
 
-// dL/dKL [K, N] in the accumulation dtype.
+// dL/dKL in the accumulation dtype: [K, N], or [K] where it is the same for all rows.
 Coefficient coefficient_of(const Tensor& tensor, const char* name, const Pairs& pairs) {
   const Tensor& first = pairs.first();
-  STD_TORCH_CHECK(
-      tensor.dim() == 2 && tensor.size(0) == pairs.count && tensor.size(1) == first.size(0) &&
-          tensor.scalar_type() == accumulation_type(first) && on_one_device(tensor, first),
-      "expected ", name, " [", pairs.count, ", ", first.size(0), "] in the accumulation dtype");
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
+  const int64_t dims = tensor.dim();
+  STD_TORCH_CHECK((dims == 1 || dims == 2) && tensor.size(0) == pairs.count &&
+                      (dims == 1 || tensor.size(1) == first.size(0)) &&
+                      tensor.scalar_type() == accumulation_type(first) &&
+                      on_one_device(tensor, first),
+                  "expected ", name, " [", pairs.count, "] or [", pairs.count, ", ", first.size(0),
+                  "] in the accumulation dtype");
+  return {tensor.const_data_ptr(), tensor.stride(0), dims == 1 ? 0 : tensor.stride(1)};
 }
 
 // KL of each row, with the gradients by the students if there is a coefficient.

@@ -14,6 +14,7 @@ from bmtard.benchmarks.providers.bmtard import Bmtard
 from bmtard.benchmarks.providers.compile import Compile
 from bmtard.benchmarks.providers.eager import Eager
 from bmtard.benchmarks.providers.sklearn import Sklearn
+from bmtard.benchmarks.report import load
 from bmtard.benchmarks.shapes import draw
 from bmtard.benchmarks.spec import DTYPES, Shape, Spec, catalogue
 from bmtard.benchmarks.suite import Selection, choose
@@ -347,3 +348,19 @@ def test_every_op_is_measured(measured):
         if record.measures and record.provider != "bmtard":
             ratio = record.best.ratio
             assert ratio.low <= ratio.median <= ratio.high
+
+
+def test_what_is_measured_is_kept_case_by_case(tmp_path, machine):
+    """A run that is stopped in its second case leaves a file with the first."""
+    selection = Selection(
+        preset="quick", ops=("pgd_step_",), shapes=("2x3x4x4", "2x3x5x5"), device=CPU
+    )
+    file = tmp_path / "kept.json"
+
+    def keep(report):
+        report.save(file)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        suite.run(selection, OPS, {"bmtard": Bmtard()}, command="", keep=keep)
+    assert {record.dims for record in load(file).records if record.measures} == {(2, 3, 4, 4)}
