@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -23,8 +24,14 @@ from torch import Tensor, nn
 from bmtard import cli
 from bmtard.data import Batches, ImageData
 from bmtard.training import checkpoint
-from bmtard.training.config import AttackConfig, AWPConfig, BalanceConfig, TrainConfig
-from bmtard.training.evaluate import accuracies
+from bmtard.training.config import (
+    AttackConfig,
+    AWPConfig,
+    BalanceConfig,
+    EvaluateConfig,
+    TrainConfig,
+)
+from bmtard.training.evaluate import accuracies, evaluate
 from bmtard.training.methods.standard import SAT
 from bmtard.training.metrics import read_metrics
 from bmtard.training.ranks import Ranks, SharedError, joined, local_device
@@ -148,6 +155,12 @@ def work(rank: int, folder: Path) -> None:
             states[name] = trainer.state()
         data, network = images(), trainer.evaluated
         states["accuracies"] = measured(network, data, ranks)
+        path = folder / "two" / "batch-norm" / "last.pt"
+        options = EvaluateConfig(attacks=("pgd-sat",), batch_size=9, sanity=0, device="cpu")
+        told: list[str] = []
+        summary = evaluate(path, options, lambda name, accuracy: told.append(name), data)
+        states["evaluated"] = summary["accuracy"]
+        assert told == (["clean", "pgd-sat"] if rank == 0 else [])
         for problem, changes in (
             ("sync_batch_norm needs GPUs", {"sync_batch_norm": True}),
             ("multiple of the 2 processes, got 7", {"batch_size": 7}),
@@ -249,6 +262,11 @@ def test_two_ranks_equal_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert first["accuracies"] == second["accuracies"]
     network = checkpoint.load_network(tmp_path / "two" / "batch-norm" / "last.pt")[0]
     assert first["accuracies"] == measured(network, data, Ranks())
+    written = json.loads((tmp_path / "two" / "batch-norm" / "evaluation.json").read_text())
+    assert first["evaluated"] == second["evaluated"] == written["accuracy"]
+    options = EvaluateConfig(attacks=("pgd-sat",), batch_size=9, sanity=0, device="cpu")
+    path = tmp_path / "two" / "batch-norm" / "last.pt"
+    assert evaluate(path, options, lambda *_: None, data)["accuracy"] == written["accuracy"]
 
 
 def tensors_equal(a: Any, b: Any) -> bool:
