@@ -126,7 +126,7 @@ def bisect_temperature(
     if wants_gradient(logits, target):
         return TemperatureSearch(*_BisectTemperature.apply(logits, target, start, *arguments))
     fields = native.bisect_temperature(rows_of(logits), flat(target), flat(start), *arguments)
-    if len(rows_shape) > 1:
+    if per_sample and logits.dim() != 2:
         fields = [field.view(rows_shape) for field in fields]
     temperature, entropy, _, status, iterations = fields
     return TemperatureSearch(temperature, entropy, status, iterations)
