@@ -29,6 +29,7 @@ TABLES = {
     "demo": "docs/quickstart.md",
     "wheel": "docs/install.md",
     "step-options": "docs/scaling.md",
+    "weighted": "docs/evidence.md",
     **dict.fromkeys(("head", "ops", "step"), "docs/benchmarks.md"),
 }
 

@@ -12,10 +12,11 @@ one it was at. Defaults in csrc/cuda change by this file alone, and not where th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,15 +94,22 @@ def choose(regime: str, name: str, times: dict[int, list[float]]) -> Case:
     )
 
 
+@contextlib.contextmanager
+def constant(name: str, value: int) -> Iterator[None]:
+    """Inside, launches take this value."""
+    os.environ[VARIABLE] = f"{name}={value}"
+    try:
+        yield
+    finally:
+        del os.environ[VARIABLE]
+
+
 def with_value(name: str, value: int, block: Callable[[int], float]) -> Block:
-    """The block, with the constant set while it runs (and while it is captured)."""
+    """The block, with the constant set while it runs."""
 
     def run(calls: int) -> float:
-        os.environ[VARIABLE] = f"{name}={value}"
-        try:
+        with constant(name, value):
             return block(calls)
-        finally:
-            del os.environ[VARIABLE]
 
     return run
 
@@ -116,11 +124,8 @@ def blocks_of(spec: Spec, op_name: str, pass_: str, name: str) -> dict[int, Bloc
         function = providers["bmtard"].build(op_name, spec)
         if spec.device.type == "cuda":
             timer = CudaTimer(spec.device)
-            os.environ[VARIABLE] = f"{name}={value}"
-            try:
+            with constant(name, value):
                 made[value] = timer.graph_block(function, [inputs], pass_, 1e-4)
-            finally:
-                del os.environ[VARIABLE]
         else:
             plain = plain_block(function, inputs, pass_, time.perf_counter)
             made[value] = with_value(name, value, plain)

@@ -21,7 +21,12 @@ from typing import Any
 from bmtard.benchmarks.report import Record, Report
 from bmtard.benchmarks.report import load as load_report
 from bmtard.benchmarks.table import duration
-from bmtard.training.report import accuracy_header, accuracy_rows, markdown_table
+from bmtard.training.report import (
+    accuracy_header,
+    accuracy_rows,
+    attack_title,
+    markdown_table,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -227,6 +232,17 @@ def numbers(folder: str) -> str:
     )
 
 
+def weighted(folder: str) -> str:
+    """The weighted robust accuracy of the students under two attacks, the best one first."""
+    name = "reproduce-cifar10-small.json"
+    students = {k: v for k, v in load(name)["accuracy"].items() if not k.startswith("teacher")}
+    attacks = (ATTACK, "autoattack")
+    columns = [[row[-1] for row in accuracy_rows(students, attack)] for attack in attacks]
+    rows = [list(row) for row in zip(students, *columns, strict=True)]
+    rows.sort(key=lambda row: float(row[1].split()[0]), reverse=True)
+    return markdown_table(["", *map(attack_title, attacks)], rows)
+
+
 def wheel(folder: str) -> str:
     """The cells that tools/test_wheel.py has seen."""
     name = "wheel.json"
@@ -246,6 +262,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "ops": ops,
     "step": step,
     "step-options": step_options,
+    "weighted": weighted,
     "wheel": wheel,
 }
 BEGIN = re.compile(r"^<!-- begin (\S+) -->$", re.MULTILINE)
