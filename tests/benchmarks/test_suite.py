@@ -350,7 +350,7 @@ def test_every_op_is_measured(measured):
             assert ratio.low <= ratio.median <= ratio.high
 
 
-def test_what_is_measured_is_kept_case_by_case(tmp_path, machine):
+def test_what_is_measured_is_kept_case_by_case(tmp_path, providers):
     """A run that is stopped in its second case leaves a file with the first."""
     selection = Selection(
         preset="quick", ops=("pgd_step_",), shapes=("2x3x4x4", "2x3x5x5"), device=CPU
@@ -362,5 +362,5 @@ def test_what_is_measured_is_kept_case_by_case(tmp_path, machine):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        suite.run(selection, OPS, {"bmtard": Bmtard()}, command="", keep=keep)
+        suite.run(selection, OPS, providers(bmtard=1e-3), command="", keep=keep)
     assert {record.dims for record in load(file).records if record.measures} == {(2, 3, 4, 4)}
