@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quiet import Quiet
 
 from bmtard.data import ImageData, load_digits
 from bmtard.training.config import DIGITS, AttackConfig, TrainConfig
@@ -21,28 +22,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-class Quiet:
-    """A progress that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def begin(self, title: str, total: int, done: int = 0) -> None:
-        self.lines.append(title)
-
-    def advance(self, text: str) -> None:
-        self.lines.append(text)
-
-    def within(self, part: float, text: str) -> None:
-        assert 0 <= part <= 1
-
-    def note(self, text: str) -> None:
-        self.lines.append(text)
-
-    def end(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture

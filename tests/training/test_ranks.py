@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import Quiet
+from quiet import Quiet
 from torch import Tensor, nn
 
 from bmtard import cli

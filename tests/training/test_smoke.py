@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import test_data
 import torch
-from conftest import Quiet
+from quiet import Quiet
 
 from bmtard import data
 from bmtard.data import ImageData
