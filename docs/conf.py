@@ -16,6 +16,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"bmtard {release}"
 html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_copyright = False
 myst_heading_anchors = 4
 autodoc_member_order = "bysource"

@@ -132,7 +132,7 @@ def picture(data: dict[str, Any]) -> str:
         y = 250 + 36 * index
         text += (
             f'<text x="40" y="{y + 15}">mean entropy, {name}</text>'
-            f'<rect x="220" y="{y}" height="20" width="{widths[-1]}" fill="{COLOURS[index]}">'
+            f'<rect x="250" y="{y}" height="20" width="{widths[-1]}" fill="{COLOURS[index]}">'
             f"{animate('width', widths, seconds)}</rect>\n"
         )
         for place, frame in enumerate(frames):
@@ -178,7 +178,7 @@ function draw(state, label) {
       ${state.temperatures[k].toFixed(2)}</text>
       <line x1="${left}" x2="${left + 292}" y1="210" y2="210" stroke="#333"/>
       <text x="40" y="${y + 15}">mean entropy, ${name}</text>
-      <rect x="220" y="${y}" height="20" width="${110 * entropy}" fill="${colours[k]}"/>
+      <rect x="250" y="${y}" height="20" width="${110 * entropy}" fill="${colours[k]}"/>
       <text x="600" y="${y + 15}">${entropy.toFixed(2)} nats</text>`;
     state.answers[k].forEach((p, digit) => {
       const x = left + 30 * digit;
