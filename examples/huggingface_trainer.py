@@ -8,7 +8,7 @@ say which tokens count.
 
 import torch
 import transformers
-from text import CLASSES, lines
+from text import CLASSES, lines, report
 
 import bmtard
 
@@ -77,4 +77,6 @@ def train(trainer_class, model, folder, epochs, **options):
 if __name__ == "__main__":
     transformers.set_seed(0)
     teachers = [train(transformers.Trainer, tagger(48, n), "runs/teacher", 15) for n in (1, 2)]
-    train(DistillationTrainer, tagger(24, 1), "runs/student", 15, teachers=teachers)
+    student = train(DistillationTrainer, tagger(24, 1), "runs/student", 15, teachers=teachers)
+    student.cpu().eval()
+    print(report(lambda ids: student(input_ids=ids, attention_mask=(ids > 0).long()).logits))
