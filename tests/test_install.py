@@ -177,11 +177,13 @@ def test_a_wheel_of_ten_megabytes_is_refused(tmp_path, tool, monkeypatch):
 
 
 def test_results_of_another_wheel_are_dropped(tmp_path, tool):
-    path = tmp_path / "wheel.json"
-    tool.record(path, Path("one.whl"), "3.10:2.10", {"passed": 1})
-    tool.record(path, Path("one.whl"), "3.11:2.10", {"passed": 2})
+    path, wheel = tmp_path / "wheel.json", tmp_path / "one.whl"
+    wheel.write_bytes(b"one")
+    tool.record(path, wheel, "3.10:2.10", {"passed": 1})
+    tool.record(path, wheel, "3.11:2.10", {"passed": 2})
     assert '"3.10:2.10"' in path.read_text()
-    tool.record(path, Path("two.whl"), "3.11:2.10", {"passed": 3})
+    wheel.write_bytes(b"two")  # built again: the same name, another file
+    tool.record(path, wheel, "3.11:2.10", {"passed": 3})
     assert '"3.10:2.10"' not in path.read_text()
 
 

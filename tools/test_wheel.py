@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import re
@@ -158,10 +159,12 @@ def run_tests(inside: Path, short: bool) -> dict[str, Any]:
 
 
 def record(path: Path, wheel: Path, cell: str, row: dict[str, Any]) -> None:
-    """Adds a cell to the results of this wheel; those of another wheel are dropped."""
+    """Adds a cell to the results of this very file; those of another wheel are dropped."""
     results = json.loads(path.read_text()) if path.is_file() else {}
-    if results.get("wheel") != wheel.name:
-        results = {"wheel": wheel.name, "cells": {}}
+    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if results.get("sha256") != sha256:
+        megabytes = round(wheel.stat().st_size / 1e6, 2)
+        results = {"wheel": wheel.name, "sha256": sha256, "megabytes": megabytes, "cells": {}}
     results["date"] = datetime.date.today().isoformat()
     results["cells"][cell] = row
     path.write_text(json.dumps(results, indent=1) + "\n")
