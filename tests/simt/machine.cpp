@@ -677,6 +677,9 @@ void run(const Grid& grid, const std::function<void()>& thread_body) {
           if (key.first != &kDynamicKey) bytes += array->bytes();
         }
         if (bytes > kMaxStaticShared) throw Fault("more than 48 KiB of static shared memory");
+        if (grid.shared_bytes > 0 && bytes + grid.shared_bytes > settings.max_shared_bytes) {
+          throw Fault("more shared memory than a block can have");
+        }
       }
     }
   } catch (...) {

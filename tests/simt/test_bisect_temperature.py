@@ -151,7 +151,8 @@ def test_of_a_batch_for_many_blocks(shape, dtype):
 @pytest.mark.parametrize("initial", [None, 2.0])
 def test_every_status(c, dtype, method, initial):
     z = h.draw(9, 9, c, dtype)
-    keep = 1.0 if initial is None else initial
+    start = None if initial is None else initial + np.arange(9) / 8
+    keep = np.ones(9) if initial is None else start
     target = np.full(9, 0.5)
     z[0, 0] = np.nan
     z[1, 1] = np.inf
@@ -165,8 +166,7 @@ def test_every_status(c, dtype, method, initial):
     target[8] = -1.0
     expected = [NON_FINITE] * 3 + [DEGENERATE] * 2 + [CLAMPED_HIGH, NON_FINITE]
     expected += [CLAMPED_LOW, CLAMPED_LOW]
-    kept = [keep] * 5 + [HIGH, keep, LOW, LOW]
-    start = None if initial is None else np.full(9, initial)
+    kept = [*keep[:5], HIGH, keep[6], LOW, LOW]
     got = search(h.place(z, dtype), target, dtype, per_sample=True, method=method, initial=start)
     np.testing.assert_array_equal(got[3], expected)
     np.testing.assert_allclose(got[0], kept, rtol=1e-6)
@@ -174,9 +174,81 @@ def test_every_status(c, dtype, method, initial):
     # The same rows, one a batch.
     for i in range(9):
         logits = h.place(z[i : i + 1], dtype)
-        one = search(logits, target[i], dtype, per_sample=False, method=method, initial=initial)
+        first = None if start is None else start[i]
+        one = search(logits, target[i], dtype, per_sample=False, method=method, initial=first)
         assert one[3] == expected[i]
         np.testing.assert_allclose(one[0], kept[i], rtol=1e-6)
+
+
+def first_temperatures(z, target, initial, count):
+    """Those of Halley's iteration on log(H / (log C - H)) over log temperature, H the mean entropy
+    of z [N, C]; without an initial temperature it starts from the variance of the logits."""
+    log_count = np.log(np.isfinite(z).sum(-1)).mean()
+    if initial is None:
+        spread = np.mean([np.var(row[np.isfinite(row)]) for row in z])
+        initial = np.sqrt(spread / (2 * (log_count - target)))
+    temperatures = [initial]
+    while len(temperatures) < count:
+        u = np.where(np.isfinite(z), z, 0) / temperatures[-1]
+        p = np.exp(h.log_softmax(z, temperatures[-1]))
+        centered = u - (p * u).sum(-1, keepdims=True)
+        slope = (p * centered**2).sum(-1).mean()
+        curvature = -2 * slope - (p * centered**3).sum(-1).mean()
+        entropy = h.entropy(z, temperatures[-1]).mean()
+        room = log_count - entropy
+        g = np.log(entropy / room) - np.log(target / (log_count - target))
+        q = 1 / entropy + 1 / room
+        first, second = slope * q, curvature * q + slope**2 * (room**-2 - entropy**-2)
+        step = 2 * g * first / (2 * first**2 - g * second)
+        temperatures.append(temperatures[-1] * np.exp(-step))
+    return temperatures
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("initial", [None, 2.0])
+@pytest.mark.parametrize("c", [10, 100, 1100])
+def test_the_first_temperatures_of_halleys_method(c, initial, per_sample):
+    """A search finds its end from anywhere, so they alone show what it costs."""
+    n = 3
+    z = h.draw(14, n, c, "float64", scale=4)
+    z[:, 7::9] = -np.inf
+    logits, target = h.place(z, "float64"), 0.6 * np.log(c)
+    parts = z[:, None] if per_sample else [z]
+    want = np.array([first_temperatures(part, target, initial, 2) for part in parts])
+    shape = (n,) if per_sample else ()
+    for done in (1, 2):
+        temperature, *_ = search(
+            logits, np.full(shape, target), "float64", per_sample=per_sample, tolerance=0.0,
+            initial=None if initial is None else np.full(shape, initial), max_iterations=done,
+        )  # fmt: skip
+        np.testing.assert_allclose(np.atleast_1d(temperature), want[:, done - 1], rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", h.DTYPES)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_tolerance_of_nothing_is_that_of_rounding(per_sample, dtype):
+    n, c = 20, 10
+    logits = h.place(h.draw(15, n, c, dtype), dtype)
+    target = np.full(n if per_sample else (), 0.5 * np.log(c))
+    rounding = 4 * h.EPS[h.computed(dtype)] * np.log(c)
+    settings = {"per_sample": per_sample, "max_iterations": 100}
+    below = search(logits, target, dtype, tolerance=0.9 * rounding, **settings)
+    nothing = search(logits, target, dtype, tolerance=0.0, **settings)
+    for got, want in zip(nothing, below, strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert (nothing[3] == CONVERGED).all()
+
+
+@pytest.mark.parametrize("method", [HALLEY, BISECTION])
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_a_temperature_far_from_one(size, method):
+    """The product of two such bounds leaves the range of a float."""
+    z = h.rounded(size * h.draw(16, 4, 10, "float32"), "float32")
+    wide = {"low": 1e-36, "high": 1e36, "max_iterations": 200, "method": method}
+    target = np.linspace(0.5, 2, 4)
+    got = search(h.place(z, "float32"), target, "float32", per_sample=True, **wide)
+    assert (got[3] == CONVERGED).all()
+    np.testing.assert_allclose(h.entropy(z, got[0].astype(float)[:, None]), target, atol=4e-6)
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
@@ -212,6 +284,30 @@ def test_row_in_shared_memory_or_read_again():
     assert accesses[1] - accesses[0] >= 1500 * int((3 + results[0][4]).sum())
     for a, b in zip(*results, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("c", [100, 1000])
+def test_a_batch_in_shared_memory_is_written_once(c):
+    """And read in every round."""
+    n, dtype = 6, "float32"
+    z = h.draw(11, n, c, dtype)
+    accesses = []
+    for limit in (0, 1 << 16):
+        h.simt().configure(seed=2, max_shared_bytes=limit)
+        h.simt().take_counters()
+        found = search(
+            h.place(z, dtype), 0.5 * np.log(c), dtype, per_sample=False, initial=1.0,
+        )  # fmt: skip
+        accesses.append(h.simt().take_counters()["shared_accesses"])
+    values = n * -(-c // 128) * 128  # whole tiles
+    assert accesses[1] - accesses[0] == values * (1 + found[4])
+
+
+def test_the_arrays_of_a_kernel_need_room_too():
+    z = h.draw(11, 2, 3000, "float32")
+    h.simt().configure(seed=2, max_shared_bytes=3072 * 4)  # as much as a row of whole tiles
+    found = search(h.place(z, "float32"), [1.0, 2.0], "float32", per_sample=True)
+    assert (found[3] == CONVERGED).all()
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

@@ -288,6 +288,8 @@ def test_without_update_nothing_of_the_state_changes(sign, n):
 @pytest.mark.parametrize(("n", "dtype"), [*((16, dtype) for dtype in h.DTYPES), (3300, "float32")])
 @pytest.mark.parametrize("bad", ["student nan", "teacher nan", "teacher inf", "impossible"])
 def test_a_batch_that_is_not_finite_leaves_the_state(bad, n, dtype, sign):
+    """One teacher is enough, the first or the last."""
+    one = int(n > 16)
     students, teachers = batch(0, 2, n, 10, dtype)
     state = new_state(2)
     settings = {"sign": sign, "scale": 1.0 / n, "max_iterations": 8}
@@ -295,7 +297,7 @@ def test_a_batch_that_is_not_finite_leaves_the_state(bad, n, dtype, sign):
     before = copy.deepcopy(state)
     which = students if bad in ("student nan", "impossible") else teachers
     value = {"nan": np.nan, "inf": np.inf, "impossible": -np.inf}[bad.split()[-1]]
-    which[1][n - 1, 3] = value
+    which[one][n - 1, 3] = value
     loss, got = call(put(students, dtype), put(teachers, dtype), state, dtype, **settings)
     assert np.isnan(loss) or loss == np.inf
     assert state["status"] == SKIPPED
@@ -303,10 +305,10 @@ def test_a_batch_that_is_not_finite_leaves_the_state(bad, n, dtype, sign):
         if name != "status":
             np.testing.assert_array_equal(state[name], saved)
     # The gradient of every other row is that of the weights as they are.
-    assert np.isfinite(h.decode(got[0])).all()
-    assert np.isfinite(h.decode(got[1])[:-1]).all()
+    assert np.isfinite(h.decode(got[1 - one])).all()
+    assert np.isfinite(h.decode(got[one])[:-1]).all()
     if bad != "impossible":
-        assert np.isnan(h.decode(got[1])[-1]).all()
+        assert np.isnan(h.decode(got[one])[-1]).all()
 
 
 def test_empty_batch():
@@ -371,6 +373,20 @@ def test_sign_rule_comes_to_rest_where_bisect_jumps():
         call(*arguments, walked, "float64", sign=True, scale=1.0, wants=[False, False])
     np.testing.assert_allclose(walked["temperatures"], jumped["temperatures"], atol=0.021)
     assert jumped["temperatures"].max() > 1.5
+
+
+def test_the_sign_rule_stops_at_the_upper_bound():
+    high = 1.08
+    oracle, state = Oracle(2, sign=True, scale=1.0, high=high), new_state(2)
+    for step in range(3):
+        students, teachers = batch(100 * step, 2, 8, 10, "float64")
+        call(
+            put(students, "float64"), put(teachers, "float64"), state, "float64", sign=True,
+            scale=1.0, high=high,
+        )  # fmt: skip
+        oracle.step(students, teachers)
+        assert_state(state, oracle, "float64")
+    assert state["temperatures"].max() == high
 
 
 @pytest.mark.parametrize("dtype", h.DTYPES)

@@ -144,6 +144,28 @@ def far(request) -> Iterator[NDArray]:
         yield np.lib.stride_tricks.as_strided(flat, (n, c), (2 * request.param, 2))
 
 
+def test_rows_longer_than_an_int_can_count_are_refused():
+    c = 2**32 + 10  # an int takes it for 10
+    with tempfile.TemporaryFile() as file:
+        file.truncate(2 * c)
+        row = np.frombuffer(mmap.mmap(file.fileno(), 2 * c), np.uint16).reshape(1, c)
+        one = np.ones((), np.float32)
+        state = loss.new_state(1)
+        for refused in (
+            lambda: entropy.forward(row, 2.0, "bfloat16"),
+            lambda: kl.forward([row], [row], 2.0, "bfloat16", 0.0),
+            lambda: bisect.search(row, one, "bfloat16", per_sample=False),
+            lambda: loss.call(
+                [row], [row], state, "bfloat16", sign=False, scale=1.0, wants=[False]
+            ),
+            lambda: h.simt().pgd_step(
+                x_adv=row, grad=row, x=row, step_size=1.0, epsilon=1.0, low=0.0, high=1.0, l2=True
+            ),
+        ):
+            with pytest.raises(RuntimeError, match="invalid value"):
+                refused()
+
+
 @pytest.mark.parametrize("c", [10, 100, 1100])
 def test_rows_far_apart(far, c):
     dtype = "bfloat16"

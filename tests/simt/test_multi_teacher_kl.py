@@ -123,7 +123,9 @@ def test_gradients_with_the_forward_pass(c, dtype, eps):
         temperature = np.array([1.5, 3.0])
         coefficient = np.linspace(-1, 2, k * n).reshape(n, k).astype(h.real(dtype)).T
         h.simt().configure(seed=2, max_cluster=cluster, max_shared_bytes=1 << 16)
+        h.simt().take_counters()
         kl, statistics = forward(students, teachers, temperature, dtype, eps)
+        without = h.simt().take_counters()["shared_accesses"]
         want = backward(
             students, teachers, temperature, dtype, eps, statistics, coefficient, shift=shift,
             wants=(True, False, False),
@@ -135,7 +137,12 @@ def test_gradients_with_the_forward_pass(c, dtype, eps):
             students, teachers, temperature, dtype, eps, coefficient=coefficient, grad_students=got
         )
         out.check()
-        assert h.simt().take_counters()["launches"] == 1
+        counters = h.simt().take_counters()
+        assert counters["launches"] == 1
+        if c in (1025, 3000):
+            # Read for the gradient, for which eps = 0 has to be written and read for KL as well.
+            more = (1 if eps else 3) * 2 * k * n * c
+            assert counters["shared_accesses"] - without >= more
         tolerance = 4 * h.EPS[h.computed(dtype)]  # clusters of another size add in another order
         np.testing.assert_allclose(again, kl, rtol=tolerance, atol=8 * tolerance)
         for a, b in zip(got, want, strict=True):
@@ -318,6 +325,28 @@ def test_logits_further_apart_than_the_largest_number(c, dtype, eps):
     want = (small.max(-1) - small[:, :2].mean(-1)) / STUDENT_TEMPERATURE * 2.0**10
     h.assert_close(kl[0], want, h.computed(dtype))
     h.assert_close(statistics[4, 0], want, h.computed(dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("c", [10, 1025])
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_a_far_logit_of_little_weight(c, dtype, eps):
+    """The student's difference overflows, but the teacher hardly looks there: the other classes
+    have their part in KL and center."""
+    size, below = (1.5e308, 690.0) if dtype == "float64" else (3e38, 80.0)
+    n = 3
+    s = h.rounded(np.full((n, c), size), dtype)
+    s[:, 1] = -s[:, 1]
+    t = h.draw(5, n, c, dtype)
+    t[:, 1] = h.rounded(t.max(-1) - below, dtype)
+    kl, statistics = forward([h.place(s, dtype)], [h.place(t, dtype)], 1.0, dtype, eps)
+    log_p = h.log_softmax(t)
+    p = np.exp(log_p)
+    far = p[:, 1] * (s[:, 1] / 8 - s[:, 0] / 8) / STUDENT_TEMPERATURE * 8
+    want = (p * np.log(p + eps)).sum(-1) + np.log(c - 1) - far
+    h.assert_close(kl[0], want, h.computed(dtype), ulp=2048)
+    share = (p * p / (p + eps)).sum(-1) if eps else 0
+    h.assert_close(statistics[4, 0], want + share, h.computed(dtype), ulp=2048)
 
 
 @pytest.mark.parametrize("c", [10, 1025])

@@ -62,6 +62,16 @@ def test_linf_without_bounds(dtype):
 
 
 @pytest.mark.parametrize("dtype", h.DTYPES)
+def test_linf_bounds_come_last(dtype):
+    """An image beyond its bounds: the ball around it does not reach them."""
+    x_adv, grad, x = draw(8, 2, 100, dtype)
+    settings = {"step_size": 0.01, "epsilon": 0.05, "low": 0.0, "high": 1.0, "l2": False}
+    for beyond, bound in [(2.0, 1.0), (-2.0, 0.0)]:
+        got = step(x_adv + beyond, grad, x + beyond, dtype, **settings)
+        np.testing.assert_array_equal(got, bound)
+
+
+@pytest.mark.parametrize("dtype", h.DTYPES)
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 @pytest.mark.parametrize("epsilon", [0.05, 10.0])
 def test_l2(shape, dtype, epsilon):
@@ -113,11 +123,12 @@ def test_linf_around_nan(dtype):
 
 @pytest.mark.parametrize(
     ("scale", "dtype"),
-    [(1e-44, "float32"), (1e-30, "float32"), (1e30, "float32"), (1e38, "float32"),
-     (1e-300, "float64"), (1e300, "float64"), (1e30, "bfloat16")],
+    [(1e-44, "float32"), (1e-30, "float32"), (1e-21, "float32"), (1e30, "float32"),
+     (1e38, "float32"), (1e-300, "float64"), (1e-160, "float64"), (1e300, "float64"),
+     (1e30, "bfloat16")],
 )  # fmt: skip
 def test_l2_step_along_any_gradient(scale, dtype):
-    """Whose squares under- and overflow."""
+    """Whose squares are subnormal, or under- or overflow."""
     for n, d in [(3, 10), (2, 3072)]:
         x_adv, grad, x = draw(6, n, d, dtype)
         grad = h.rounded(np.clip(grad, -2, 2) * scale, dtype)

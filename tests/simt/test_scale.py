@@ -9,7 +9,7 @@ from . import harness as h
 @pytest.mark.parametrize("dtype", h.DTYPES)
 @pytest.mark.parametrize("size", [0, 1, 5, 4096, 4097, 10000])
 @pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("factor", [1.0, -2.5])
+@pytest.mark.parametrize("factor", [1.0, -2.5, 0.3])  # no 16-bit type holds the last
 def test_scale(size, dtype, shift, factor):
     out = h.Outputs()
     values = [h.draw(i, 1, size, dtype)[0] for i in range(3)]
@@ -21,7 +21,21 @@ def test_scale(size, dtype, shift, factor):
     out.check()
     assert h.simt().take_counters()["launches"] == (1 if size else 0)
     for buffer, value in zip(buffers, values, strict=True):
-        np.testing.assert_array_equal(h.decode(buffer), h.rounded(value * factor, dtype))
+        product = value.astype(h.real(dtype)) * h.real(dtype).type(factor)
+        np.testing.assert_array_equal(h.decode(buffer), h.rounded(product, dtype))
+
+
+@pytest.mark.parametrize("dtype", h.DTYPES)
+@pytest.mark.parametrize("odd", [0, 1])
+def test_one_buffer_is_not_aligned(odd, dtype):
+    out = h.Outputs()
+    buffers = [out.new((5000,), dtype, shift=int(i == odd)) for i in range(2)]
+    for buffer in buffers:
+        buffer[...] = h.encode(np.ones(1), dtype)
+    h.simt().scale(buffers=buffers, factor=np.array(2, h.real(dtype)))
+    out.check()
+    for buffer in buffers:
+        np.testing.assert_array_equal(h.decode(buffer), 2)
 
 
 def test_a_factor_of_one_moves_nothing():

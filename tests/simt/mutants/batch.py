@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..mutation import GLOBAL_RACE, LEFT, OUTSIDE, RACE, UNWRITTEN, WRONG, mutants_of
-from .bisect_temperature import BISECT_BATCH, BISECT_GRID
+from .bisect_temperature import BISECT_BATCH, BISECT_GRID, BISECT_ROUNDING, BISECT_STEPS
 from .bmtard_loss import LOSS_BLOCK, LOSS_CLUSTER, LOSS_GRID, LOSS_GRID_OF_14
 
 SUMS = "test_bisect_temperature.py::test_the_mean_of_equal_rows[float64]"
@@ -151,6 +151,35 @@ MUTANTS = [
         "return kMaxSlots * sets * kSums;",
         LOSS_GRID,
         "past its workspace",
+        unit="cuda/bmtard_loss.cu",
+    ),
+    mutant(
+        "log-count-of-one-lane",
+        "      group.sum(count);\n",
+        "",
+        BISECT_STEPS.format("100-2.0-False"),
+        WRONG,
+    ),
+    mutant(
+        "mean-of-another-moment",
+        "sums[2] += found.third_moment;",
+        "sums[2] += found.variance;",
+        BISECT_STEPS.format("10-None-False"),
+        WRONG,
+    ),
+    mutant(
+        "tolerance-below-rounding",
+        "return tolerance > floor ? tolerance : floor;",
+        "return tolerance;",
+        BISECT_ROUNDING.format("False-float32"),
+        "Arrays are not equal",
+    ),
+    mutant(
+        "team-cluster-of-the-first-block",
+        "memory_.mine.get_from(rank, turn_",
+        "memory_.mine.get_from(0, turn_",
+        LOSS_CLUSTER,
+        WRONG,
         unit="cuda/bmtard_loss.cu",
     ),
 ]

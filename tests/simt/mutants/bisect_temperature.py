@@ -6,6 +6,8 @@ from ..mutation import GLOBAL_RACE, OUTSIDE, RACE, UNWRITTEN, WRONG, Mutant, mut
 
 BISECT = "test_bisect_temperature.py::test_by_sample[{}]"
 BISECT_BATCH = "test_bisect_temperature.py::test_of_the_batch[0-(37, 10)-float32]"
+BISECT_STEPS = "test_bisect_temperature.py::test_the_first_temperatures_of_halleys_method[{}]"
+BISECT_ROUNDING = "test_bisect_temperature.py::test_a_tolerance_of_nothing_is_that_of_rounding[{}]"
 BISECT_GRID = "test_bisect_temperature.py::test_of_a_batch_for_many_blocks[(331, 100)-float32]"
 
 mutant = mutants_of("cuda/bisect_temperature.cu")
@@ -65,5 +67,48 @@ MUTANTS = [
         "",
         BISECT.format("0-10-float32"),
         f"{OUTSIDE}|{WRONG}|assert",
+    ),
+    mutant(
+        "bisect-initial-of-the-first-row",
+        "at<R>(args.initial, n * args.initial_stride)",
+        "at<R>(args.initial, 0)",
+        "test_bisect_temperature.py::test_every_status[2.0-0-10-float32]",
+        WRONG,
+    ),
+    Mutant(
+        "bisect-midpoint-of-a-product",
+        "core/temperature_search.h",
+        "return sqrt(bracket_low) * sqrt(bracket_high);",
+        "return sqrt(bracket_low * bracket_high);",
+        "test_bisect_temperature.py::test_a_temperature_far_from_one[1e-30-1]",
+        "assert",
+        unit="cuda/bisect_temperature.cu",
+    ),
+    Mutant(
+        "bisect-tolerance-below-rounding",
+        "core/temperature_search.h",
+        "    if (!(tolerance >= floor)) tolerance = floor;\n",
+        "",
+        BISECT_ROUNDING.format("True-float32"),
+        "Arrays are not equal",
+        unit="cuda/bisect_temperature.cu",
+    ),
+    Mutant(
+        "moments-shifted-by-another-binomial",
+        "core/softmax_entropy.h",
+        "d * (3 * sums.s2 + d * (3 * sums.s1 +",
+        "d * (3 * sums.s2 + d * (sums.s1 +",
+        BISECT_STEPS.format("100-None-False"),
+        WRONG,
+        unit="cuda/bisect_temperature.cu",
+    ),
+    Mutant(
+        "third-moment-not-central",
+        "core/softmax_entropy.h",
+        "sums.s3 / sums.s0 - mean * (real(3) * second - real(2) * mean * mean);",
+        "sums.s3 / sums.s0 - mean * (real(3) * second + real(2) * mean * mean);",
+        BISECT_STEPS.format("10-None-True"),
+        WRONG,
+        unit="cuda/bisect_temperature.cu",
     ),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..mutation import GLOBAL_RACE, RACE, UNWRITTEN, WRONG, mutants_of
+from ..mutation import GLOBAL_RACE, RACE, UNWRITTEN, WRONG, Mutant, mutants_of
 
 LOSS = "test_bmtard_loss.py::test_steps_of_a_small_batch_in_one_launch[{}]"
 LOSS_BLOCK = LOSS.format("(37, 10)-float32-bisect")
@@ -132,5 +132,45 @@ MUTANTS = [
         "weight * args.scale",
         "test_bmtard_loss.py::test_gradients_have_a_scale_of_their_own[float32]",
         WRONG,
+    ),
+    mutant(
+        "loss-finite-if-the-last-is",
+        "finite = finite && is_finite(losses[k])",
+        "finite = is_finite(losses[k])",
+        "test_bmtard_loss.py::"
+        "test_a_batch_that_is_not_finite_leaves_the_state[student nan-16-float32-bisect]",
+        "assert",
+    ),
+    mutant(
+        "loss-weights-of-the-first-block-alone",
+        "if (args.update && finite) {",
+        "if (args.update && finite && writes) {",
+        LOSS.format("(129, 10)-float32-bisect"),
+        WRONG,
+    ),
+    mutant(
+        "loss-step-read-at-the-end",
+        "settle<R>(args, board, step, stopped,",
+        "settle<R>(args, board, simt::load(args.state.step), stopped,",
+        LOSS_CLUSTER,
+        GLOBAL_RACE,
+    ),
+    Mutant(
+        "loss-entropy-without-eps",
+        "cuda/kl_row.cuh",
+        "weighted(probability, entropy_eps > R(0) ? log(probability + entropy_eps) : log_p);",
+        "weighted(probability, log_p);",
+        LOSS.format("(37, 10)-float32-sign"),
+        WRONG,
+        unit="cuda/bmtard_loss.cu",
+    ),
+    Mutant(
+        "sign-step-past-the-upper-bound",
+        "core/balance.h",
+        "t < low ? low : (t > high ? high : t);",
+        "t < low ? low : t;",
+        "test_bmtard_loss.py::test_the_sign_rule_stops_at_the_upper_bound",
+        WRONG,
+        unit="cuda/bmtard_loss.cu",
     ),
 ]

@@ -133,4 +133,22 @@ MUTANTS = [
         WRONG,
         unit="cuda/pgd_step.cu",
     ),
+    Mutant(
+        "linf-bounds-before-the-ball",
+        "core/pgd_step.h",
+        "clamped(clamped(moved, x - epsilon, x + epsilon), low, high);",
+        "clamped(clamped(moved, low, high), x - epsilon, x + epsilon);",
+        "test_pgd_step.py::test_linf_bounds_come_last[float32]",
+        "Arrays are not equal",
+        unit="cuda/pgd_step.cu",
+    ),
+    Mutant(
+        "l2-squares-that-are-subnormal",
+        "core/pgd_step.h",
+        "lowest = is_double ? 0x1p-900 : 0x1p-80,",
+        "lowest = is_double ? 0x1p-1074 : 0x1p-149,",
+        L2_SCALES.format("1e-21-float32"),
+        WRONG,
+        unit="cuda/pgd_step.cu",
+    ),
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..mutation import GLOBAL_RACE, OUTSIDE, RACE, WRONG, mutants_of
-from .bisect_temperature import BISECT
+from .bisect_temperature import BISECT, BISECT_STEPS
 from .multi_teacher_kl import KL
 from .pgd_step import LINF
 from .softmax_entropy import ENTROPY, ENTROPY_MASKED
@@ -292,5 +292,44 @@ MUTANTS = [
         KL.format("1e-05-1025-bfloat16"),
         RACE,
         unit="cuda/multi_teacher_kl.cu",
+    ),
+    mutant(
+        "range-about-the-maximum",
+        "sums.second / sums.count - mean * mean};",
+        "sums.second / sums.count};",
+        BISECT_STEPS.format("10-None-True"),
+        WRONG,
+        unit="cuda/bisect_temperature.cu",
+    ),
+    mutant(
+        "range-shifted-by-half",
+        "sums.second + d * (2 * sums.first",
+        "sums.second + d * (sums.first",
+        BISECT_STEPS.format("1100-None-True"),
+        WRONG,
+        unit="cuda/bisect_temperature.cu",
+    ),
+    mutant(
+        "cache-filled-in-every-round",
+        "if (cache != Cache::kFill) return;",
+        "if (cache == Cache::kNone) return;",
+        "test_bisect_temperature.py::test_a_batch_in_shared_memory_is_written_once[100]",
+        "assert",
+        unit="cuda/bisect_temperature.cu",
+    ),
+    mutant(
+        "cache-without-room-for-the-arrays",
+        "return bytes + kOthers <= simt::max_shared_bytes();",
+        "return bytes <= simt::max_shared_bytes();",
+        "test_bisect_temperature.py::test_the_arrays_of_a_kernel_need_room_too",
+        "more shared memory than a block can have",
+        unit="cuda/bisect_temperature.cu",
+    ),
+    mutant(
+        "row-longer-than-an-int",
+        "    if (classes > INT_MAX / 2) return +simt::kInvalidValue;\n",
+        "",
+        "test_layouts.py::test_rows_longer_than_an_int_can_count_are_refused",
+        "DID NOT RAISE",
     ),
 ]

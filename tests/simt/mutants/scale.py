@@ -35,4 +35,18 @@ MUTANTS = [
         SCALED.format("-2.5-1-5"),
         "misaligned",
     ),
+    mutant(
+        "scale-factor-in-the-type-of-the-data",
+        "const R factor = at<R>(args.factor, 0);",
+        "const R factor = simt::widen(simt::narrow<T>(at<R>(args.factor, 0)));",
+        "test_scale.py::test_scale[0.3-0-5-bfloat16]",
+        WRONG,
+    ),
+    mutant(
+        "scale-alignment-of-the-last-buffer",
+        "packed = packed && packable(args.dtype, args.data[i], 0);",
+        "packed = packable(args.dtype, args.data[i], 0);",
+        "test_scale.py::test_one_buffer_is_not_aligned[0-float32]",
+        "misaligned",
+    ),
 ]

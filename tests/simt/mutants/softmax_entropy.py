@@ -101,4 +101,18 @@ MUTANTS = [
         ENTROPY.format("10-float32"),
         WRONG,
     ),
+    mutant(
+        "entropy-gradient-by-the-stride-of-the-logits",
+        "static_cast<T*>(args.grad_logits) + row * args.classes",
+        "static_cast<T*>(args.grad_logits) + row * args.logits.row_stride",
+        ENTROPY.format("10-float32"),
+        f"{OUTSIDE}|{WRONG}",
+    ),
+    mutant(
+        "entropy-gradient-by-one-statistic",
+        "(values.value[i] - max) * inverse - log_sum;",
+        "values.value[i] * inverse - (max * inverse + log_sum);",
+        "test_softmax_entropy.py::test_large_logits_keep_their_precision[32]",
+        WRONG,
+    ),
 ]
