@@ -11,27 +11,24 @@ BISECT_ROUNDING = "test_bisect_temperature.py::test_a_tolerance_of_nothing_is_th
 BISECT_GRID = "test_bisect_temperature.py::test_of_a_batch_for_many_blocks[(331, 100)-float32]"
 
 mutant = mutants_of("cuda/bisect_temperature.cu")
+search = mutants_of("core/temperature_search.h", unit="cuda/bisect_temperature.cu")
 
 MUTANTS = [
-    Mutant(
+    search(
         "bisect-flat-is-equal",
-        "core/temperature_search.h",
         "      if (temperature > low && iterations < max_iterations) return;\n",
         "",
         "test_bisect_temperature.py::"
         "test_a_variance_that_underflows_is_not_taken_for_equal_logits[1e+30-True-0]",
         "assert",
-        unit="cuda/bisect_temperature.cu",
     ),
-    Mutant(
+    search(
         "bisect-flat-at-the-upper-bound",
-        "core/temperature_search.h",
         "flat = !low_known && ",
         "flat = ",
         "test_bisect_temperature.py::"
         "test_a_variance_that_underflows_is_not_taken_for_equal_logits[None-True-1]",
         "assert",
-        unit="cuda/bisect_temperature.cu",
     ),
     mutant(
         "bisect-first-barrier",
@@ -75,23 +72,19 @@ MUTANTS = [
         "test_bisect_temperature.py::test_every_status[2.0-0-10-float32]",
         WRONG,
     ),
-    Mutant(
+    search(
         "bisect-midpoint-of-a-product",
-        "core/temperature_search.h",
         "return sqrt(bracket_low) * sqrt(bracket_high);",
         "return sqrt(bracket_low * bracket_high);",
         "test_bisect_temperature.py::test_a_temperature_far_from_one[1e-30-1]",
         "assert",
-        unit="cuda/bisect_temperature.cu",
     ),
-    Mutant(
+    search(
         "bisect-tolerance-below-rounding",
-        "core/temperature_search.h",
         "    if (!(tolerance >= floor)) tolerance = floor;\n",
         "",
         BISECT_ROUNDING.format("True-float32"),
         "Arrays are not equal",
-        unit="cuda/bisect_temperature.cu",
     ),
     Mutant(
         "moments-shifted-by-another-binomial",

@@ -12,25 +12,22 @@ KL_SHARED = "test_multi_teacher_kl.py::test_shared_student_or_teacher[{}]"
 KL_GRADIENTS = "test_multi_teacher_kl.py::test_gradients_with_the_forward_pass[{}]"
 
 mutant = mutants_of("cuda/multi_teacher_kl.cu")
+kl_row = mutants_of("cuda/kl_row.cuh", unit="cuda/multi_teacher_kl.cu")
 
 MUTANTS = [
-    Mutant(
+    kl_row(
         "kl-of-far-logits",
-        "cuda/kl_row.cuh",
         "if (found.kl > std::numeric_limits<R>::max()) {",
         "if (false) {",
         KL_FAR.format("0.0-10-float32"),
         WRONG,
-        unit="cuda/multi_teacher_kl.cu",
     ),
-    Mutant(
+    kl_row(
         "kl-center-of-far-logits",
-        "cuda/kl_row.cuh",
         "  found.center = eps > R(0) ? found.kl + share : found.kl;\n",
         "",
         KL_FAR.format("1e-05-1025-float32"),
         WRONG,
-        unit="cuda/multi_teacher_kl.cu",
     ),
     mutant(
         "kl-gradient-of-a-row-without-weight",
@@ -156,32 +153,26 @@ MUTANTS = [
         KL_GRADIENTS.format("0.0-33-float32"),
         WRONG,
     ),
-    Mutant(
+    kl_row(
         "kl-online-maxima-of-one-thread",
-        "cuda/kl_row.cuh",
         "  group.reduce(maxima, Max{});\n",
         "",
         KL.format("0.0-1025-float32"),
         WRONG,
-        unit="cuda/multi_teacher_kl.cu",
     ),
-    Mutant(
+    kl_row(
         "kl-online-nothing-seen-yet",
-        "cuda/kl_row.cuh",
         "student_max == new_student_max ? R(0) : (student_max",
         "(student_max",
         "test_multi_teacher_kl.py::test_a_part_of_a_row_is_masked[3000-float32]",
         "array.*nan, nan",
-        unit="cuda/multi_teacher_kl.cu",
     ),
-    Mutant(
+    kl_row(
         "kl-online-infinite-without-weight",
-        "cuda/kl_row.cuh",
         "difference = weight == R(0) ? R(0) : scale",
         "difference = scale",
         KL.format("0.0-1025-float32") + " " + KL_MASKED.format("0.0-1100-float32"),
         WRONG,
-        unit="cuda/multi_teacher_kl.cu",
     ),
     mutant(
         "forward-gradient-reads-again",
@@ -197,40 +188,32 @@ MUTANTS = [
         KL_SHARED.format("0-shared0-10-float32"),
         WRONG,
     ),
-    Mutant(
+    kl_row(
         "kl-of-far-logits-without-a-log-sum",
-        "cuda/kl_row.cuh",
         "found.kl = near + found.q.log_sum - far",
         "found.kl = near - far",
         "test_multi_teacher_kl.py::test_a_far_logit_of_little_weight[0.0-10-float32]",
         WRONG,
-        unit="cuda/multi_teacher_kl.cu",
     ),
-    Mutant(
+    kl_row(
         "kl-center-without-eps",
-        "cuda/kl_row.cuh",
         "sums[0], has_eps ? sums[1] : sums[0], sums[2]}",
         "sums[0], sums[0], sums[2]}",
         KL.format("1e-05-10-float32"),
         WRONG,
-        unit="cuda/multi_teacher_kl.cu",
     ),
-    Mutant(
+    kl_row(
         "kl-online-shift-by-the-student-alone",
-        "cuda/kl_row.cuh",
         "if (student_top > sums.student_max || top > sums.max) {",
         "if (student_top > sums.student_max) {",
         KL.format("0.0-3000-float32"),
         WRONG,
-        unit="cuda/multi_teacher_kl.cu",
     ),
-    Mutant(
+    kl_row(
         "kl-online-weight-of-the-old-maximum",
-        "cuda/kl_row.cuh",
         "weight = scale * teacher.s0;",
         "weight = teacher.s0;",
         KL.format("0.0-3000-float32"),
         WRONG,
-        unit="cuda/multi_teacher_kl.cu",
     ),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..mutation import GLOBAL_RACE, OUTSIDE, WRONG, Mutant, mutants_of
+from ..mutation import GLOBAL_RACE, OUTSIDE, WRONG, mutants_of
 
 LINF = "test_pgd_step.py::test_linf[{}]"
 L2_SCALES = "test_pgd_step.py::test_l2_step_along_any_gradient[{}]"
@@ -10,6 +10,7 @@ L2_DISTANCES = "test_pgd_step.py::test_l2_projects_any_perturbation[{}]"
 L2 = "test_pgd_step.py::test_l2[{}]"
 
 mutant = mutants_of("cuda/pgd_step.cu")
+core = mutants_of("core/pgd_step.h", unit="cuda/pgd_step.cu")
 
 MUTANTS = [
     mutant(
@@ -40,23 +41,19 @@ MUTANTS = [
         L2_DISTANCES.format("1e+25-float32"),
         WRONG,
     ),
-    Mutant(
+    core(
         "linf-around-nan",
-        "core/pgd_step.h",
         "return select(x == x, inside, x);",
         "return inside;",
         "test_pgd_step.py::test_linf_around_nan[float32]",
         "assert",
-        unit="cuda/pgd_step.cu",
     ),
-    Mutant(
+    core(
         "l2-scale-of-a-large-norm",
-        "core/pgd_step.h",
         "squared_norm > std::numeric_limits<real>::max() ? real(1 / unit) : real(1)",
         "real(1)",
         L2_SCALES.format("1e+30-float32"),
         WRONG,
-        unit="cuda/pgd_step.cu",
     ),
     mutant(
         "linf-last-chunk",
@@ -115,40 +112,32 @@ MUTANTS = [
         L2.format("0.05-(3, 10)-float32"),
         "misaligned",
     ),
-    Mutant(
+    core(
         "step-by-nan",
-        "core/pgd_step.h",
         "select(grad > T(0), step_size, select(grad < T(0), -step_size, T(0)))",
         "select(grad > T(0), step_size, -step_size)",
         LINF.format("0-(3, 10)-float32"),
         WRONG,
-        unit="cuda/pgd_step.cu",
     ),
-    Mutant(
+    core(
         "step-along-nothing",
-        "core/pgd_step.h",
         "is_finite(norm) && norm > real(0) ?",
         "is_finite(norm) ?",
         "test_pgd_step.py::test_l2_makes_no_step_without_a_direction[float32]",
         WRONG,
-        unit="cuda/pgd_step.cu",
     ),
-    Mutant(
+    core(
         "linf-bounds-before-the-ball",
-        "core/pgd_step.h",
         "clamped(clamped(moved, x - epsilon, x + epsilon), low, high);",
         "clamped(clamped(moved, low, high), x - epsilon, x + epsilon);",
         "test_pgd_step.py::test_linf_bounds_come_last[float32]",
         "Arrays are not equal",
-        unit="cuda/pgd_step.cu",
     ),
-    Mutant(
+    core(
         "l2-squares-that-are-subnormal",
-        "core/pgd_step.h",
         "lowest = is_double ? 0x1p-900 : 0x1p-80,",
         "lowest = is_double ? 0x1p-1074 : 0x1p-149,",
         L2_SCALES.format("1e-21-float32"),
         WRONG,
-        unit="cuda/pgd_step.cu",
     ),
 ]
