@@ -8,6 +8,7 @@ plain bisection, so that it also checks the kernels' faster iteration.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -40,6 +41,8 @@ def log_softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
         temperature = temperature.to(logits.dtype).unsqueeze(-1)
         allowed = (temperature >= 1e-36) & (temperature <= 1e36)
         temperature = torch.where(allowed, temperature, math.nan)
+    elif isinstance(temperature, numbers.Real) and not isinstance(temperature, float):
+        temperature = float(temperature)  # the inverse of NumPy's float32 would be a float32
     # Shifted before it is scaled: logits / 0.01 would lose two digits of the differences.
     logits = logits - logits.detach().amax(-1, keepdim=True)
     # Multiplied, as the gradient of a quotient by the temperature may overflow on its way to 0.
@@ -169,6 +172,8 @@ def teacher_kl(
     eps: float,
 ) -> Tensor:
     """KL of one teacher, [..., C] -> [...], in nats."""
+    # Once: a half type would round each part of the student's gradient before they are added.
+    student_logits = student_logits.to(accumulation_dtype(student_logits.dtype))
     log_p = log_softmax(teacher_logits, temperature)
     log_q = log_softmax(student_logits, student_temperature)
     p = log_p.exp()
@@ -176,7 +181,7 @@ def teacher_kl(
     # There, it is log q of the largest logit plus a difference, which is taken of smaller logits.
     far = (log_q == -math.inf) & student_logits.isfinite()
     near_log_q = torch.where(far, log_q.amax(-1, keepdim=True), log_q)
-    small = student_logits.to(log_q.dtype) * 2.0**-64
+    small = student_logits * 2.0**-64
     difference = (small - small.amax(-1, keepdim=True)) / student_temperature
     ratio = ((p + eps).log() if eps else log_p) - near_log_q
     # A class of probability 0 adds nothing, also where the ratio is infinite.
@@ -240,8 +245,10 @@ def pgd_step_(
     else:
         direction, _ = _direction_and_length(delta)
         moved = x_adv.to(acc) + direction * step_size - origin
-        _, length = _direction_and_length(moved)
-        moved = origin + moved * torch.where(length > epsilon, epsilon / length, 1.0)
+        direction, length = _direction_and_length(moved)
+        # Of an infinite length: NaN where it is infinite, else the centre.
+        edge = torch.where(length.isfinite(), direction * epsilon, moved * 0.0)
+        moved = origin + torch.where(length > epsilon, edge, moved)
     return x_adv.copy_(moved.clamp(low, high))
 
 

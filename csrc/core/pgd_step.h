@@ -44,13 +44,13 @@ BMTARD_HD real l2_step_scale(real squared_norm, real step_size) {
   return is_finite(norm) && norm > real(0) ? step_size / norm : real(0);
 }
 
-// The factor by which a perturbation comes back into the ball of radius epsilon. The norm is that
-// of the perturbation times `unit`.
+// The factor by which a perturbation times `unit`, of this norm, comes back into the ball of radius
+// epsilon. The unit stays with the perturbation: the product of both may be below every number.
 template <typename real>
 BMTARD_HD real l2_projection_scale(real squared_norm, real unit, real epsilon) {
   using std::sqrt;
-  const real scale = epsilon / sqrt(squared_norm) * unit;
-  return scale < real(1) ? scale : real(1);
+  const real scale = epsilon / sqrt(squared_norm);
+  return scale * unit < real(1) ? scale : real(1) / unit;
 }
 
 BMTARD_NAMESPACE_END

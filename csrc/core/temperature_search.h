@@ -134,9 +134,12 @@ struct TemperatureSearch {
     // low entropy, the temperature is far too low.)
     flat = !low_known && !(found.variance > real(0)) && found.entropy >= log_count - tolerance;
     if (flat) {
-      if (temperature > low && iterations < max_iterations) return;
-      temperature = kept;
-      return finish(kDegenerate);
+      if (temperature <= low) {
+        temperature = kept;
+        return finish(kDegenerate);
+      }
+      if (iterations >= max_iterations) finish(kMaxIterations);
+      return;
     }
     if (error < real(0)) {
       if (temperature >= high) return finish(kClampedHigh);

@@ -106,8 +106,10 @@ void l2(const PgdStepArgs& args, ParallelFor parallel_for) {
         const auto distance = images.norm(first, last, moved);
         const V projection =
             l2_projection_scale(distance.squared, distance.unit, static_cast<real>(args.epsilon));
+        const V distance_unit = distance.unit;
         images.update(first, last, [&](V x_adv, V grad, V x) {
-          return clamped(x + projection * moved(x_adv, grad, x), low, high);
+          const V back = projection * (distance_unit * moved(x_adv, grad, x));
+          return clamped(x + back, low, high);
         });
       };
       if (gradient.unit == real(1)) {

@@ -112,7 +112,7 @@ pgd_l2_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, bool packed, bool cac
     const Tile<Shape> gradient = grad.get(tile), origin = x.get(tile);
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) {
-      const R by = moved(values.value[i], gradient.value[i], origin.value[i]);
+      const R by = distance_unit * moved(values.value[i], gradient.value[i], origin.value[i]);
       values.value[i] = clamped(origin.value[i] + projection * by, low, high);
     }
     store_tile<Shape>(out, size, tile, group.lane, packed, values);

@@ -546,7 +546,7 @@ def check_multi_teacher_kl(
         value, error = outer * by_row[0], np.abs(outer) * (by_row[1] + 12 * ulp * np.abs(by_row[0]))
         if reduction == "weighted_mean":
             error = error + spread[:, None] * np.abs(value)
-        error = np.where(absent & ~np.isfinite(raw[0]), np.inf, error)
+        error = np.where(absent & ~(np.abs(raw[0]) < 1e-3 * precision.max), np.inf, error)
         if sw.dim() == len(shape):
             value, error = summed(value, error, ulp, axis=0)
         expected = _finite((value.reshape(sw.shape), error.reshape(sw.shape)))
@@ -675,7 +675,8 @@ def _check_step(loss: Any, students: list[Tensor], teachers: list[Tensor], conte
     loss_errors = loss_errors + 4 * ulp * np.abs(losses)
     h_errors = h_errors + 4 * ulp * np.abs(h)
     finite = np.isfinite(losses).all() and np.isfinite(h).all()
-    sure = np.isfinite(loss_errors).all() and (np.abs(losses) < 1e-3 * precision.max).all()
+    # The losses of single rows are numbers of the type, too.
+    sure = np.isfinite(loss_errors).all() and (np.abs(each.value) < 1e-3 * precision.max).all()
     if (loss.training and not bisects) or (bisects and updated):
         if finite and sure:
             assert updated, "a finite step was skipped"
@@ -743,6 +744,9 @@ def _check_step(loss: Any, students: list[Tensor], teachers: list[Tensor], conte
     coefficient = np.repeat(g * weights / max(divisor, 1), rows).astype(precision.work)
     value, error = each.by_student(coefficient, loss.student_temperature)
     error = error + 12 * ulp * np.abs(value)
+    if torch.float16 in dtypes:
+        # The smallest float16, where p - q = 1 is kept as 2^12 or more.
+        error = error + np.abs(coefficient)[:, None] / loss.student_temperature * 2.0**-36
     value, error = (x.reshape(count, *students[0].shape) for x in (value, error))
     for k, x in enumerate(students):
         if x.requires_grad:

@@ -236,6 +236,7 @@ class Divergence:
         value = -scale * (inner * t.u).sum(-1)
         size = (np.abs(inner * t.u)).sum(-1)
         slack = (np.abs(t.u) * error).sum(-1) + (8 * ulp + t.sums) * size
+        slack = slack + np.abs(inner).sum(-1) * self.precision.subnormal  # of a subnormal u
         error = np.abs(scale) * slack + self._lost(coefficient)[:, 0] * t.p.shape[-1]
         broken = self.broken | self.infinite | self.far
         size = np.abs(scale) * (1 + size + np.abs(self.by_p).max(-1))
@@ -292,7 +293,8 @@ def pgd_l2(x_adv, grad, x, step, epsilon, low, high, precision: Precision) -> Pa
     value = x + factor * distance
     error = factor * slack + np.abs(factor * distance) * relative + 2 * ulp * np.abs(x)
     # A factor that not even a gradient times 2^100 brings into the range of the type.
-    error = np.where(step > 2.0**99 * precision.max * np.where(moves, length, 1), np.inf, error)
+    beyond = step > 2.0**99 * precision.max * np.where(moves, length, 1)
+    value, error = np.where(beyond, 0, value), np.where(beyond, np.inf, error)
     # A ball so small that the step's rounding decides the direction.
     error = np.where(relative > 0.1, np.abs(value - x) + epsilon + error, error)
     return np.clip(value, low, high), error + 4 * ulp * np.abs(value)

@@ -1,6 +1,7 @@
 """That the fuzzer finds what is wrong, and a small, fixed share of its calls."""
 
 import argparse
+import math
 import sys
 
 import numpy as np
@@ -144,6 +145,63 @@ FINDINGS = {
         "BMTARDLoss", path=path, student_logits=[Array((4, 9), "float64")] * 3,
         teacher_logits=[Array((4, 9), "float64", seed=k) for k in range(3)], num_teachers=3,
         temperature_bounds=(0.01, 0.1), balance="sign", training=False,
+    ),
+    "a temperature of NumPy's float32 scales float64 logits": lambda path: check(
+        "softmax_entropy", path=path, logits=Array((3, 200), "float64", seed=943899),
+        temperature=np.float32(0.7), reduction="mean",
+    ),
+    "one evaluation does not tell equal logits from a high temperature": lambda path: check(
+        "bisect_temperature", path=path, logits=Array((100,), values="small", seed=528145),
+        target_entropy=4.679047, per_sample=True, bounds=(1e-30, 1e30), max_iterations=1,
+    ),
+    "bfloat16 gradients of logits further apart than float32 reaches": lambda path: check(
+        "BMTARDLoss", path=path,
+        student_logits=[
+            Array((7, 127), "bfloat16", seed=50881),
+            Array((7, 127), "bfloat16", "extreme", seed=364339, grad=True),
+        ],
+        teacher_logits=[
+            Array((7, 127), "bfloat16", seed=421957),
+            Array((7, 127), "bfloat16", "inf", seed=871862),
+        ],
+        balance="sign", reduction="mean", eps=0.0, temperature_bounds=(4.0, 4.1), steps=3,
+    ),
+    "a step of 1e30 ends in a ball of 1e-30": lambda path: check(
+        "pgd_step_", path=path, x_adv=Array((3, 48), "bfloat16", "subnormal"),
+        grad=Array((3, 48), "bfloat16", seed=1), x=Array((3, 48), "bfloat16", "subnormal", seed=2),
+        step_size=1e30, epsilon=1e-30, bounds=(-1.0, 1.0), norm="l2",
+    ),
+    # These were right, and the oracle's bounds were too narrow.
+    "an infinite image and a step that no float holds": lambda path: check(
+        "pgd_step_", path=path, x_adv=Array((2, 131), values="inf", seed=149599),
+        grad=Array((2, 131), values="subnormal", seed=152465),
+        x=Array((2, 131), values="pixels", seed=301204), step_size=1e30, epsilon=0.0,
+        bounds=(-math.inf, 1), norm="l2",
+    ),
+    "a divergence beyond float64 whose weight is 0": lambda path: check(
+        "multi_teacher_kl", path=path, student_logits=Array((1, 128), "float64", "extreme", seed=9),
+        teacher_logits=Array((1, 128), "float64", "one_hot", seed=572912), temperature=2.387,
+        student_temperature=0.4965, reduction="mean",
+        sample_weight=Array((1,), "float64", "fractions", seed=824178, grad=True),
+    ),
+    "subnormal teacher logits lose digits": lambda path: check(
+        "multi_teacher_kl", path=path,
+        student_logits=Array((9, 1, 31), values="huge", layout="flipped", seed=461428),
+        teacher_logits=Array((9, 1, 31), values="subnormal", layout="offset", seed=310444),
+        temperature=Array((1,), values="positive", seed=922564, grad=True), reduction="none",
+        eps=0.01, weight=[0.962],
+    ),
+    "float16 gradients of 1e20 beside gradients of 100": lambda path: check(
+        "BMTARDLoss", path=path,
+        student_logits=[Array((5, 131), "float16", "margin", seed=318937, grad=True)] * 2,
+        teacher_logits=[Array((5, 131), "float16", "wide", seed=281911)] * 2,
+        balance="sign", reduction="batchmean", eps=1.0, student_temperature=1e-20,
+    ),
+    "a divergence that only its mean brings back into float32": lambda path: check(
+        "BMTARDLoss", path=path,
+        student_logits=[Array((1, 70000), values="extreme", layout="expanded", seed=214539)],
+        teacher_logits=[Array((1, 70000), values="masked", seed=421637)], num_teachers=1,
+        balance="sign", reduction="mean", eps=1e-30,
     ),
 }  # fmt: skip
 
