@@ -96,6 +96,9 @@ def multi_teacher_kl(
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {_REDUCTIONS}, got {reduction!r}")
     temperature = _checked("temperature", temperature, first, count)
+    if isinstance(temperature, Tensor) and temperature.dtype in (torch.float16, torch.bfloat16):
+        # Once: the parts of its gradient are added before they are rounded.
+        temperature = recordable(temperature).to(torch.float32)
     if isinstance(student_temperature, str):
         check_own_temperature(op, student_temperature)
         student_temperature = temperature

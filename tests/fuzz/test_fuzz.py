@@ -171,6 +171,18 @@ FINDINGS = {
         grad=Array((3, 48), "bfloat16", seed=1), x=Array((3, 48), "bfloat16", "subnormal", seed=2),
         step_size=1e30, epsilon=1e-30, bounds=(-1.0, 1.0), norm="l2",
     ),
+    "a float16 temperature's gradient has a part that float16 does not hold": lambda path: check(
+        "multi_teacher_kl", path=path,
+        student_logits=Array((1, 1, 131), values="subnormal", seed=423577),
+        teacher_logits=[
+            Array((1, 1, 131), seed=185377),
+            Array((1, 1, 131), values="integers", seed=763976),
+            Array((1, 1, 131), seed=154048),
+        ],
+        temperature=Array((3,), "float16", "positive", seed=950323, grad=True),
+        student_temperature=0.01, reduction="weighted_mean", eps=1.0, upstream="huge",
+        scale_by_temperature=True, weight=Array((3,), "float16", "positive", seed=745921),
+    ),
     # These were right, and the oracle's bounds were too narrow.
     "an infinite image and a step that no float holds": lambda path: check(
         "pgd_step_", path=path, x_adv=Array((2, 131), values="inf", seed=149599),
