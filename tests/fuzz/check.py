@@ -412,7 +412,7 @@ def check_multi_teacher_kl(
     each = Divergence(
         Softmax(stacked(students, count, precision), student_temperature, precision),
         Softmax(stacked(teachers, count, precision), np.repeat(ts, rows), precision),
-        float(eps), precision,
+        float(eps), precision, autograd=not _library.NATIVE,
     )  # fmt: skip
     value, error = each.value.reshape(count, rows), each.error.reshape(count, rows)
     raw = value, error

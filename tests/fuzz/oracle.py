@@ -158,11 +158,18 @@ def _undetermined(value, error, broken, precision: Precision, *factors) -> Pair:
 
 
 class Divergence:
-    """sum p (log(p + eps) - log q) of rows, its error, and its derivatives."""
+    """sum p (log(p + eps) - log q) of rows, its error, and its derivatives.
 
-    def __init__(self, student: Softmax, teacher: Softmax, eps: float, precision: Precision):
+    ``autograd``: by the teacher, they are differences of products with two roundings of p.
+    """
+
+    def __init__(
+        self, student: Softmax, teacher: Softmax, eps: float, precision: Precision,
+        autograd: bool = False,
+    ):  # fmt: skip
         p, ulp = teacher.p, precision.ulp
         self.student, self.teacher, self.precision = student, teacher, precision
+        self.autograd = autograd
         self.broken = student.broken | teacher.broken
         # Gradients by the teacher hold log q, whose differences may not be numbers of the type.
         self.far = ~(student.distance.max(-1, initial=0) < 0.99 * precision.max)
@@ -218,6 +225,9 @@ class Divergence:
             np.abs(centered) * (t.p_error + 8 * ulp)
             + self.ratio_error + np.abs(self.by_p) * 2 * ulp + self.center_error[:, None]
         ) + t.flushed * (np.abs(self.by_p) + np.abs(self.center[:, None]) + 1)  # fmt: skip
+        if self.autograd:
+            size = np.where(t.p > 0, np.abs(self.by_p), 0) + np.abs(self.center[:, None])
+            error = error + t.p * t.p_error * size
         return t.p * centered, error
 
     def by_teacher(self, coefficient: np.ndarray) -> Pair:

@@ -215,6 +215,11 @@ FINDINGS = {
         teacher_logits=[Array((1, 70000), values="masked", seed=421637)], num_teachers=1,
         balance="sign", reduction="mean", eps=1e-30,
     ),
+    "plain torch subtracts products of two roundings of p": lambda path: check(
+        "multi_teacher_kl", path=path, student_logits=Array((16, 16), seed=199955),
+        teacher_logits=Array((16, 16), "float64", layout="flipped", seed=163132, grad=True),
+        temperature=0.0518, student_temperature=0.132, reduction="sum", eps=1.0, upstream="ones",
+    ),
 }  # fmt: skip
 
 
