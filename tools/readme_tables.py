@@ -236,10 +236,13 @@ def weighted(folder: str) -> str:
     """The weighted robust accuracy of the students under two attacks, the best one first."""
     name = "reproduce-cifar10-small.json"
     students = {k: v for k, v in load(name)["accuracy"].items() if not k.startswith("teacher")}
+    best_first = sorted(
+        students, key=lambda k: -mean((seed["clean"] + seed[ATTACK]) / 2 for seed in students[k])
+    )
+    students = {k: students[k] for k in best_first}
     attacks = (ATTACK, "autoattack")
     columns = [[row[-1] for row in accuracy_rows(students, attack)] for attack in attacks]
     rows = [list(row) for row in zip(students, *columns, strict=True)]
-    rows.sort(key=lambda row: float(row[1].split()[0]), reverse=True)
     return markdown_table(["", *map(attack_title, attacks)], rows)
 
 
