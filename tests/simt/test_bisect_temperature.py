@@ -351,3 +351,17 @@ def test_a_variance_that_underflows_is_not_taken_for_equal_logits(initial, per_s
     )
     assert (status == CONVERGED).all()
     np.testing.assert_allclose(entropy, 1.0, atol=2e-6)
+
+
+@pytest.mark.parametrize("method", [0, 1])
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_the_last_evaluation_is_at_a_flat_entropy(per_sample, method):
+    # At 1e30 the logits look equal: one evaluation more would tell.
+    dtype = "float32"
+    target = np.full(5 if per_sample else (), 3.0, np.float32)
+    _, _, _, status, iterations = search(
+        h.place(h.draw(3, 5, 10, dtype), dtype), target, dtype, per_sample=per_sample,
+        low=1e-36, high=1e36, max_iterations=1, method=method, initial=np.full_like(target, 1e30),
+    )  # fmt: skip
+    assert (status == MAX_ITERATIONS).all()
+    assert (iterations == 1).all()

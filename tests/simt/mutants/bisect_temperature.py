@@ -16,10 +16,17 @@ search = mutants_of("core/temperature_search.h", unit="cuda/bisect_temperature.c
 MUTANTS = [
     search(
         "bisect-flat-is-equal",
-        "      if (temperature > low && iterations < max_iterations) return;\n",
-        "",
+        "      if (temperature <= low) {\n",
+        "      {\n",
         "test_bisect_temperature.py::"
         "test_a_variance_that_underflows_is_not_taken_for_equal_logits[1e+30-True-0]",
+        "assert",
+    ),
+    search(
+        "bisect-flat-without-end",
+        "      if (iterations >= max_iterations) finish(kMaxIterations);\n      return;\n",
+        "      return;\n",
+        "test_bisect_temperature.py::test_the_last_evaluation_is_at_a_flat_entropy[True-1]",
         "assert",
     ),
     search(
