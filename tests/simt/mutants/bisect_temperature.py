@@ -26,7 +26,7 @@ MUTANTS = [
         "bisect-flat-without-end",
         "      if (iterations >= max_iterations) finish(kMaxIterations);\n      return;\n",
         "      return;\n",
-        "test_bisect_temperature.py::test_the_last_evaluation_is_at_a_flat_entropy[True-1]",
+        "test_bisect_temperature.py::test_the_last_evaluation_is_at_a_flat_entropy[True-0]",
         "assert",
     ),
     search(
