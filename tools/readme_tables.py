@@ -173,6 +173,7 @@ def step_options(folder: str) -> str:
         "channels-last": "ops, channels_last",
         "folded": "ops, folded batch norm",
         "bmtard": "ops, both",
+        "bfloat16": "ops, both, bfloat16",
     }
     records = {record.provider: record for record in report.records if record.phases_ms}
     if not set(titles) <= set(records):

@@ -10,6 +10,7 @@ import torch
 
 from bmtard.benchmarks import suite
 from bmtard.benchmarks.ops.bisect_temperature import BisectTemperature
+from bmtard.benchmarks.providers import bmtard as bmtard_provider
 from bmtard.benchmarks.providers.bmtard import Bmtard
 from bmtard.benchmarks.providers.compile import Compile
 from bmtard.benchmarks.providers.eager import Eager
@@ -110,7 +111,10 @@ def test_unscaled_half_gradients_are_as_right_as_float16_is():
     assert suite.check(op, op.oracle(inputs), inputs, function, "both") == ""
 
 
-@pytest.mark.parametrize("provider", ["bmtard", "ops-alone", "channels-last", "folded"])
+STEPS = ["bmtard", "ops-alone", "channels-last", "folded", "bfloat16"]
+
+
+@pytest.mark.parametrize("provider", STEPS)
 def test_training_steps_agree(provider):
     op = OPS["bmtard_step"]
     case = Spec(shape=Shape(name="test", dims=(4, 3, 8, 8)), dtype=torch.float32, device=CPU)
@@ -124,6 +128,17 @@ def test_training_steps_agree(provider):
     student = function.inputs.student
     assert any(not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
     assert set(function.phases(inputs, 0.0)) == set(PHASES)
+
+
+@pytest.mark.parametrize("provider", ["bmtard", "bfloat16"])
+def test_a_wrong_training_step_is_found(provider, monkeypatch):
+    op = OPS["bmtard_step"]
+    case = Spec(shape=Shape(name="test", dims=(4, 3, 8, 8)), dtype=torch.float32, device=CPU)
+    inputs = op.inputs(case, 0)
+    expected = op.oracle(inputs)
+    monkeypatch.setattr(bmtard_provider, "pgd", lambda model, x, *_, **__: x.clone())
+    function = PROVIDERS[provider].build(op.name, case)
+    assert suite.check(op, expected, inputs, function, "step")
 
 
 def test_phases_of_a_step_are_told_apart(machine):

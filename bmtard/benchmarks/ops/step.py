@@ -33,7 +33,8 @@ SEED = 17
 
 
 class BmtardStep(Op):
-    """Outputs: the loss, temperatures and weights, the adversarial images, the student."""
+    """Outputs: the loss, temperatures and weights, the adversarial images, the student; and the
+    type of autocast, if any."""
 
     name = "bmtard_step"
     passes = ("step",)
@@ -82,22 +83,25 @@ class BmtardStep(Op):
         outputs: Outputs,
         grads: Sequence[Tensor] | None,
     ) -> str:
+        # Under autocast a step says so at its end. There one pixel in six moves another way.
+        half = torch.bfloat16 in outputs[5:]
+        rtol, pixels, of_largest = (5e-2, 0.35, 0.4) if half else (1e-4, 1e-3, 1e-3)
         names = ("loss", "temperatures", "weights")
         problems = [
             oracle.differs(
                 name, torch.as_tensor(got).double().cpu(), torch.as_tensor(want).double().cpu(),
-                rtol=1e-4,
+                rtol=rtol,
             )
             for name, got, want in zip(names, outputs, expected, strict=False)
         ]  # fmt: skip
         # A gradient that is 0 to rounding may have either sign, which moves its pixel.
         moved = (outputs[3] - expected[3]).abs() > 1e-6
-        if float(moved.float().mean()) > 1e-3:
+        if float(moved.float().mean()) > pixels:
             problems.append(f"{int(moved.sum())} of {moved.numel()} adversarial pixels differ")
         for (name, got), want in zip(
             outputs[4].named_parameters(), expected[4].parameters(), strict=True
         ):
-            problems.append(oracle.differs(name, got, want, of_largest=1e-3))
+            problems.append(oracle.differs(name, got, want, of_largest=of_largest))
         return oracle.first_problem(*problems)
 
     def ideal_bytes(self, spec: Spec, pass_: str) -> int:

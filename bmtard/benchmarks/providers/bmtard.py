@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,12 +29,14 @@ class FusedStep(TrainingStep):
     """The loop of examples/b_mtard.py in the published mode, with options of the trainer.
 
     channels_last: the memory format of images and networks. folded: FoldedBatchNorm for the attack
-    and the teachers.
+    and the teachers. bfloat16: the networks under autocast.
     """
 
-    def __init__(self, *, channels_last: bool = True, folded: bool = True) -> None:
+    def __init__(
+        self, *, channels_last: bool = True, folded: bool = True, bfloat16: bool = False
+    ) -> None:
         super().__init__()
-        self.channels_last, self.folded = channels_last, folded
+        self.channels_last, self.folded, self.bfloat16 = channels_last, folded, bfloat16
         self.balance = bmtard.BMTARDLoss(balance="sign", eps=bmtard_loss.EPS)
 
     def start(self, inputs: TrainingInputs) -> TrainingInputs:
@@ -49,6 +52,13 @@ class FusedStep(TrainingStep):
             self.attacked = FoldedBatchNorm(inputs.student)
             robust, clean = (FoldedBatchNorm(network).eval() for network in (robust, clean))
         return replace(inputs, x=x, robust=robust, clean=clean)
+
+    def __call__(
+        self, inputs: TrainingInputs, mark: Callable[[str], None] | None = None
+    ) -> Outputs:
+        with torch.autocast(inputs.x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            outputs = super().__call__(inputs, mark)
+        return (*outputs, torch.bfloat16) if self.bfloat16 else outputs
 
     def attack(self, student: nn.Module, inputs: TrainingInputs) -> Tensor:
         if isinstance(self.attacked, FoldedBatchNorm):
