@@ -25,10 +25,15 @@ struct BatchPlan {
   int cached_matrices;  // the first so many stay in shared memory
 };
 
+template <typename Shape>
+BatchPlan one_block() {
+  return {{1, Shape::kThreads}, 0};
+}
+
 // `kept`: the number of matrices that every round reads, and of all that may stay.
 template <typename Shape, typename Kernel>
 BatchPlan plan_batch(Kernel* kernel, int64_t rows, int64_t classes, int first_kept, int all_kept) {
-  BatchPlan plan = {{1, Shape::kThreads}, 0};
+  BatchPlan plan = one_block<Shape>();
   const auto keep = [&](int64_t blocks) {
     for (const int matrices : {all_kept, first_kept}) {
       const size_t bytes = cache_bytes<Shape>(classes, matrices * ceil_divide(rows, blocks));
@@ -51,14 +56,28 @@ BatchPlan plan_batch(Kernel* kernel, int64_t rows, int64_t classes, int first_ke
   int64_t blocks = ceil_divide(rows * classes, tuned("block_elements", kFewestElements));
   const int64_t slots = tuned("grid_blocks", kMaxSlots);
   for (const int64_t most : {rows, slots, kMaxSlots}) blocks = most < blocks ? most : blocks;
-  const int64_t one_each = simt::multiprocessors();
+  const simt::Device device = simt::device();
+  const int64_t one_each = device.multiprocessors;
   keep(blocks < one_each ? blocks : one_each);
-  int64_t resident = simt::resident_blocks(kernel, Shape::kThreads, plan.grid.shared_bytes);
-  if (plan.cached_matrices > 0 && resident > one_each) resident = one_each;
+  const int64_t resident = !device.cooperative ? 0
+                           : plan.cached_matrices > 0
+                               ? one_each
+                               : one_each * simt::blocks_a_multiprocessor(kernel, Shape::kThreads);
   plan.grid.blocks = resident < blocks ? resident : blocks;
   plan.grid.cooperative = plan.grid.blocks > 1;
-  if (!plan.grid.cooperative) plan = {{1, Shape::kThreads}, 0};
-  return plan;
+  return plan.grid.cooperative ? plan : one_block<Shape>();
+}
+
+// A device may refuse blocks that run side by side, as MPS or a part of a device does. Then one
+// block takes the batch.
+template <typename Shape, typename Kernel, typename Args>
+int launch_batch(Kernel* kernel, const BatchPlan& plan, void* stream, const Args& args,
+                 bool packed) {
+  const auto attempt = [&](const BatchPlan& plan) {
+    return simt::launch(kernel, plan.grid, stream, args, packed, plan.cached_matrices);
+  };
+  const int error = attempt(plan);
+  return error != 0 && plan.grid.blocks > 1 ? attempt(one_block<Shape>()) : error;
 }
 
 // The rows of a block, and how its groups read them.

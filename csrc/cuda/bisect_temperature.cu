@@ -168,10 +168,10 @@ int bisect_rows(const BisectTemperatureArgs& args, void* stream) {
   return with_shape<kThreads>(args.dtype, args.classes, [&](auto shape) {
     using Shape = decltype(shape);
     const int64_t blocks = ceil_divide(args.rows, Shape::kRows);
-    const RowPlan plan = plan_rows<Shape>(blocks, args.classes, 1);
-    return simt::launch(bisect_rows_kernel<Shape>,
-                        {blocks * plan.split, Shape::kThreads, plan.cache, plan.split}, stream,
-                        args, packable(args.dtype, args.logits), plan.cache > 0);
+    return launch_rows<Shape>(blocks, args.classes, 1, [&](const simt::Grid& grid, bool cached) {
+      return simt::launch(bisect_rows_kernel<Shape>, grid, stream, args,
+                          packable(args.dtype, args.logits), cached);
+    });
   });
 }
 
@@ -180,8 +180,7 @@ int bisect_batch(const BisectTemperatureArgs& args, void* stream) {
     using Shape = decltype(shape);
     const auto kernel = bisect_batch_kernel<Shape>;
     const BatchPlan plan = plan_batch<Shape>(kernel, args.rows, args.classes, 1, 1);
-    return simt::launch(kernel, plan.grid, stream, args, packable(args.dtype, args.logits),
-                        plan.cached_matrices);
+    return launch_batch<Shape>(kernel, plan, stream, args, packable(args.dtype, args.logits));
   });
 }
 

@@ -302,7 +302,7 @@ int bmtard_loss(const BMTARDLossArgs& args, void* stream) {
     const auto kernel = bmtard_loss_kernel<Shape>;
     const BatchPlan plan =
         plan_batch<Shape>(kernel, args.rows, args.classes, args.teachers, 2 * args.teachers);
-    return simt::launch(kernel, plan.grid, stream, args, packed, plan.cached_matrices);
+    return launch_batch<Shape>(kernel, plan, stream, args, packed);
   });
 }
 

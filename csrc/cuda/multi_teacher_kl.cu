@@ -257,10 +257,11 @@ int multi_teacher_kl(const MultiTeacherKLArgs& args, void* stream) {
     const int64_t blocks = ceil_divide(args.rows, Shape::kRows);
     const int64_t all = blocks * args.teachers;
     const bool twice = args.eps > 0 || args.coefficient;
-    const RowPlan plan = plan_rows<Shape>(all, args.classes, twice ? 2 : 0);
-    return simt::launch(multi_teacher_kl_kernel<Shape>,
-                        {all * plan.split, Shape::kThreads, plan.cache, plan.split}, stream, args,
-                        packed, plan.cache > 0, static_cast<int>(blocks));
+    const int kept = twice ? 2 : 0;
+    return launch_rows<Shape>(all, args.classes, kept, [&](const simt::Grid& grid, bool cached) {
+      return simt::launch(multi_teacher_kl_kernel<Shape>, grid, stream, args, packed, cached,
+                          static_cast<int>(blocks));
+    });
   });
 }
 
@@ -280,10 +281,10 @@ int multi_teacher_kl_backward(const MultiTeacherKLBackwardArgs& args, void* stre
     using Shape = decltype(shape);
     const int64_t blocks = ceil_divide(args.rows, Shape::kRows);
     const int64_t all = blocks * (together ? 1 : args.teachers);
-    const int split = plan_rows<Shape>(all, args.classes, 0).split;
-    return simt::launch(multi_teacher_kl_backward_kernel<Shape>,
-                        {all * split, Shape::kThreads, 0, split}, stream, args, packed, together,
-                        static_cast<int>(blocks));
+    return launch_rows<Shape>(all, args.classes, 0, [&](const simt::Grid& grid, bool) {
+      return simt::launch(multi_teacher_kl_backward_kernel<Shape>, grid, stream, args, packed,
+                          together, static_cast<int>(blocks));
+    });
   });
 }
 

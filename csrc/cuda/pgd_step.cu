@@ -134,10 +134,10 @@ int pgd_step(const PgdStepArgs& args, void* stream) {
     if (args.l2) {
       using Shape = LargeShape<T, kL2Threads, true>;
       if (args.sample_size > INT_MAX / 2) return +simt::kInvalidValue;
-      const RowPlan plan = plan_rows<Shape>(args.samples, args.sample_size, 3);
-      return simt::launch(pgd_l2_kernel<Shape>,
-                          {args.samples * plan.split, Shape::kThreads, plan.cache, plan.split},
-                          stream, args, packed, plan.cache > 0);
+      return launch_rows<Shape>(
+          args.samples, args.sample_size, 3, [&](const simt::Grid& grid, bool cached) {
+            return simt::launch(pgd_l2_kernel<Shape>, grid, stream, args, packed, cached);
+          });
     }
     using Shape = LinfShape<T>;
     return simt::launch(

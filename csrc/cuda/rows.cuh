@@ -435,7 +435,7 @@ size_t cache_bytes(int64_t classes, int64_t rows, int blocks = 1) {
 }
 
 inline int largest_cluster() {
-  const int most = simt::max_cluster();
+  const int most = simt::device().max_cluster;
   const int64_t wanted = tuned("max_cluster", most);
   return wanted < most ? static_cast<int>(wanted) : most;
 }
@@ -443,7 +443,7 @@ inline int largest_cluster() {
 // Whether a block can have so much shared memory, beside the arrays that kernels declare.
 inline bool fits_in_shared(size_t bytes) {
   constexpr size_t kOthers = 8 * 1024;
-  return bytes + kOthers <= simt::max_shared_bytes();
+  return bytes + kOthers <= simt::device().max_shared_bytes;
 }
 
 // How a launch treats Large rows.
@@ -454,7 +454,7 @@ struct RowPlan {
 
 // For `groups` groups. Each keeps `kept` rows in shared memory if they fit.
 template <typename Shape>
-RowPlan plan_rows(int64_t groups, int64_t classes, int kept) {
+RowPlan plan_rows(int64_t groups, int64_t classes, int kept, int largest_split) {
   // More would leave a multiprocessor idle.
   const size_t worthwhile = static_cast<size_t>(tuned("cached_bytes", 96 * 1024));
   const int64_t fewest_tiles = tuned("split_tiles", 2);  // of a block
@@ -464,9 +464,8 @@ RowPlan plan_rows(int64_t groups, int64_t classes, int kept) {
     return bytes <= worthwhile && fits_in_shared(bytes);
   };
   if constexpr (Shape::kSplit) {
-    const int most = largest_cluster();
-    const int64_t idle = simt::multiprocessors();
-    while (2 * plan.split <= most &&
+    const int64_t idle = simt::device().multiprocessors;
+    while (2 * plan.split <= largest_split &&
            ceil_divide(classes, Shape::kSpan) >= 2 * plan.split * fewest_tiles &&
            (groups * plan.split < idle || !cached(plan.split))) {
       plan.split *= 2;
@@ -474,6 +473,20 @@ RowPlan plan_rows(int64_t groups, int64_t classes, int kept) {
   }
   if (cached(plan.split)) plan.cache = cache_bytes<Shape>(classes, kept, plan.split);
   return plan;
+}
+
+// Calls start(grid, cached), which launches a group a row. A device that refuses the clusters, as a
+// part of a device may, gets blocks by themselves.
+template <typename Shape, typename Start>
+int launch_rows(int64_t groups, int64_t classes, int kept, Start start) {
+  const auto attempt = [&](const RowPlan& plan) {
+    return start(simt::Grid{groups * plan.split, Shape::kThreads, plan.cache, plan.split},
+                 plan.cache > 0);
+  };
+  const RowPlan plan = plan_rows<Shape>(groups, classes, kept, largest_cluster());
+  const int error = attempt(plan);
+  if (error == 0 || plan.split == 1) return error;
+  return attempt(plan_rows<Shape>(groups, classes, kept, 1));
 }
 
 template <typename Shape, typename RowType>

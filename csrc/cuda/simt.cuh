@@ -4,6 +4,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
+
+#include "kept.h"
 
 namespace bmtard {
 
@@ -33,6 +36,22 @@ struct Grid {
   int cluster = 1;           // blocks that run side by side and read each other's shared memory
   bool cooperative = false;  // all blocks run side by side, for grid_barrier()
 };
+
+struct Device {
+  int multiprocessors = 0;
+  size_t max_shared_bytes = 0;  // of a block
+  int max_cluster = 1;          // blocks of a cluster, 1: no clusters
+  bool cooperative = false;     // whether it takes cooperative grids
+};
+
+// The current device. A device is asked once.
+Device device();
+
+// The number of blocks of a kernel that a multiprocessor of the current device holds, without
+// dynamic shared memory. Asked once for each device and kernel; this loads the kernel and allows it
+// all of a block's shared memory. 0 if the driver does not answer.
+template <typename Kernel>
+int blocks_a_multiprocessor(Kernel* kernel, int threads);
 
 }  // namespace simt
 }  // namespace bmtard
@@ -205,84 +224,85 @@ BMTARD_DEVICE T narrow(R x) {
   }
 }
 
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0;
-  int value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) return 0;
-  return value;
-}
-
-inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
-
-template <typename Kernel>
-cudaError_t allow_shared(Kernel* kernel, size_t bytes) {
-  constexpr size_t kAlwaysAllowed = 48 * 1024;
-  if (bytes <= kAlwaysAllowed) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
-}
-
-// Bytes of shared memory that one block can have.
-inline size_t max_shared_bytes() {
-  return static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+// -1 if there is none.
+inline int current_device() {
+  int device = -1;
+  if (cudaGetDevice(&device) == cudaSuccess) return device;
+  (void)cudaGetLastError();
+  return -1;
 }
 
 // The number of blocks that a cluster can have on every device with clusters, else 1. It is 1 too
 // if the code was compiled for an older architecture.
-inline int max_cluster() {
+inline int portable_cluster(int capability) {
   constexpr int kPortable = 8;
   constexpr int kFirst = 900;
-  const int device = 100 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
-                     10 * device_attribute(cudaDevAttrComputeCapabilityMinor);
   for (const int compiled : {__CUDA_ARCH_LIST__}) {
-    if (compiled >= kFirst && compiled <= device) return kPortable;
+    if (compiled >= kFirst && compiled <= capability) return kPortable;
   }
   return 1;
 }
 
-// Blocks of a cooperative grid; 0 if the device has none.
-template <typename Kernel>
-int resident_blocks(Kernel* kernel, int threads, size_t shared_bytes) {
-  int blocks = 0;
-  if (device_attribute(cudaDevAttrCooperativeLaunch) == 0 ||
-      allow_shared(kernel, shared_bytes) != cudaSuccess ||
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes) !=
-          cudaSuccess) {
+inline bool ask_device(int number, Device& device) {
+  int major = 0, minor = 0, shared = 0, cooperative = 0;
+  const std::pair<cudaDeviceAttr, int*> questions[] = {
+      {cudaDevAttrMultiProcessorCount, &device.multiprocessors},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared},
+      {cudaDevAttrComputeCapabilityMajor, &major},
+      {cudaDevAttrComputeCapabilityMinor, &minor},
+      {cudaDevAttrCooperativeLaunch, &cooperative}};
+  for (const auto& [attribute, value] : questions) {
+    if (cudaDeviceGetAttribute(value, attribute, number) == cudaSuccess) continue;
     (void)cudaGetLastError();
-    return 0;
+    device = {};
+    return false;
   }
-  return blocks * multiprocessors();
+  device.max_shared_bytes = static_cast<size_t>(shared);
+  device.max_cluster = portable_cluster(100 * major + 10 * minor);
+  device.cooperative = cooperative != 0;
+  return true;
+}
+
+template <typename Kernel>
+bool ask_kernel(Kernel* kernel, int threads, int& blocks) {
+  cudaFuncAttributes attributes = {};
+  const auto dynamic = [&] { return device().max_shared_bytes - attributes.sharedSizeBytes; };
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(dynamic())) == cudaSuccess &&
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0) == cudaSuccess) {
+    return true;
+  }
+  (void)cudaGetLastError();
+  blocks = 0;
+  return false;
 }
 
 constexpr int kInvalidValue = cudaErrorInvalidValue;
 
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), const Grid& grid, void* stream,
-           Arguments&&... arguments) {
+int start(void (*kernel)(Parameters...), const Grid& grid, void* stream, Arguments&&... arguments) {
   if (grid.blocks > INT_MAX) return kInvalidValue;
-  cudaError_t error = allow_shared(kernel, grid.shared_bytes);
-  if (error == cudaSuccess) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
-    config.blockDim = dim3(static_cast<unsigned>(grid.threads));
-    config.dynamicSmemBytes = grid.shared_bytes;
-    config.stream = static_cast<cudaStream_t>(stream);
-    cudaLaunchAttribute attributes[2];
-    config.attrs = attributes;
-    if (grid.cluster > 1) {
-      cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
-      cluster.id = cudaLaunchAttributeClusterDimension;
-      cluster.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
-      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    }
-    if (grid.cooperative) {
-      cudaLaunchAttribute& cooperative = attributes[config.numAttrs++];
-      cooperative.id = cudaLaunchAttributeCooperative;
-      cooperative.val.cooperative = 1;
-    }
-    error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
+  if (grid.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   }
+  if (grid.cooperative) {
+    cudaLaunchAttribute& cooperative = attributes[config.numAttrs++];
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+  }
+  const cudaError_t error =
+      cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
   // Clears the error that is reported here, so that no later call reports it again.
   if (error != cudaSuccess) (void)cudaGetLastError();
   return error;
@@ -309,3 +329,32 @@ inline std::string architectures() {
 }  // namespace bmtard
 
 #endif
+
+namespace bmtard {
+namespace simt {
+
+// What is kept outlives every thread, so it is not destroyed.
+inline Device device() {
+  static auto& kept = *new Kept<int, Device>;
+  const int number = current_device();
+  return kept.get(number, [&](Device& device) { return ask_device(number, device); });
+}
+
+template <typename Kernel>
+int blocks_a_multiprocessor(Kernel* kernel, int threads) {
+  static auto& kept = *new Kept<std::pair<int, Kernel*>, int>;
+  return kept.get({current_device(), kernel},
+                  [&](int& blocks) { return ask_kernel(kernel, threads, blocks); });
+}
+
+// Queues a kernel. Returns an error, 0 for success.
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), const Grid& grid, void* stream,
+           Arguments&&... arguments) {
+  constexpr size_t kAlwaysAllowed = 48 * 1024;
+  if (grid.shared_bytes > kAlwaysAllowed) (void)blocks_a_multiprocessor(kernel, grid.threads);
+  return start(kernel, grid, stream, std::forward<Arguments>(arguments)...);
+}
+
+}  // namespace simt
+}  // namespace bmtard

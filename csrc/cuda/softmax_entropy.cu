@@ -86,9 +86,10 @@ int softmax_entropy(const SoftmaxEntropyArgs& args, void* stream) {
   return with_shape<kThreads>(args.dtype, args.classes, [&](auto shape) {
     using Shape = decltype(shape);
     const int64_t blocks = ceil_divide(args.rows, Shape::kRows);
-    const int split = plan_rows<Shape>(blocks, args.classes, 0).split;
-    return simt::launch(softmax_entropy_kernel<Shape>, {blocks * split, Shape::kThreads, 0, split},
-                        stream, args, packable(args.dtype, args.logits));
+    return launch_rows<Shape>(blocks, args.classes, 0, [&](const simt::Grid& grid, bool) {
+      return simt::launch(softmax_entropy_kernel<Shape>, grid, stream, args,
+                          packable(args.dtype, args.logits));
+    });
   });
 }
 
@@ -99,9 +100,9 @@ int softmax_entropy_backward(const SoftmaxEntropyBackwardArgs& args, void* strea
   return with_shape<kThreads>(args.dtype, args.classes, [&](auto shape) {
     using Shape = decltype(shape);
     const int64_t blocks = ceil_divide(args.rows, Shape::kRows);
-    const int split = plan_rows<Shape>(blocks, args.classes, 0).split;
-    return simt::launch(softmax_entropy_backward_kernel<Shape>,
-                        {blocks * split, Shape::kThreads, 0, split}, stream, args, packed);
+    return launch_rows<Shape>(blocks, args.classes, 0, [&](const simt::Grid& grid, bool) {
+      return simt::launch(softmax_entropy_backward_kernel<Shape>, grid, stream, args, packed);
+    });
   });
 }
 

@@ -302,12 +302,27 @@ PYBIND11_MODULE(bmtard_simt, m) {
 
   m.def(
       "configure",
-      [](uint64_t seed, int multiprocessors, size_t max_shared_bytes, int max_cluster) {
-        simt::host::settings = {seed, multiprocessors, max_shared_bytes, max_cluster};
+      [](uint64_t seed, int multiprocessors, size_t max_shared_bytes, int max_cluster,
+         bool cooperative, std::optional<int> device, bool refuses_clusters,
+         bool refuses_cooperative) {
+        static int unnumbered = 0;
+        simt::host::Settings& settings = simt::host::settings;
+        settings = {};
+        settings.seed = seed;
+        settings.multiprocessors = multiprocessors;
+        settings.max_shared_bytes = max_shared_bytes;
+        settings.max_cluster = max_cluster;
+        settings.cooperative = cooperative;
+        settings.device = device ? *device : --unnumbered;
+        settings.refuses_clusters = refuses_clusters;
+        settings.refuses_cooperative = refuses_cooperative;
       },
-      "The order of threads and blocks (0: ascending), and what the device has.", py::kw_only(),
-      py::arg("seed") = 0, py::arg("multiprocessors") = 3, py::arg("max_shared_bytes") = 16 * 1024,
-      py::arg("max_cluster") = 1);
+      "The order of threads and blocks (0: ascending), and what the device has. Without a number "
+      "it is a device that no kernel has seen.",
+      py::kw_only(), py::arg("seed") = 0, py::arg("multiprocessors") = 3,
+      py::arg("max_shared_bytes") = 16 * 1024, py::arg("max_cluster") = 1,
+      py::arg("cooperative") = true, py::arg("device") = py::none(),
+      py::arg("refuses_clusters") = false, py::arg("refuses_cooperative") = false);
   m.def(
       "take_counters",
       [] {
@@ -318,6 +333,8 @@ PYBIND11_MODULE(bmtard_simt, m) {
         out["barriers"] = now.barriers;
         out["shared_accesses"] = now.shared_accesses;
         out["remote_accesses"] = now.remote_accesses;
+        out["device_questions"] = now.device_questions;
+        out["kernel_questions"] = now.kernel_questions;
         return out;
       },
       "What has run since the last call.");

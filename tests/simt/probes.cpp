@@ -1,8 +1,10 @@
 // Small kernels that do one thing wrong each, to show that the machine sees it.
 #include "probes.h"
 
+#include <atomic>
 #include <climits>
 #include <map>
+#include <thread>
 
 #include "simt.cuh"
 
@@ -194,9 +196,43 @@ void pass_on_in_cluster(int* out) { pass_to_the_next_block(out, true, true); }
 void no_cluster_barrier(int* out) { pass_to_the_next_block(out, false, true); }
 void leave_while_others_read(int* out) { pass_to_the_next_block(out, true, false); }
 
+// How often threads that ask at once for five answers have each computed; then how often one is
+// that comes at the third attempt, and whether it is right.
+std::vector<int> kept_answers() {
+  simt::Kept<int, int> kept;
+  std::atomic<int> computed[5] = {};
+  std::atomic<bool> right{true};
+  std::vector<std::thread> threads;
+  for (int thread = 0; thread < 8; ++thread) {
+    threads.emplace_back([&] {
+      for (int i = 0; i < 5000; ++i) {
+        const int answer = kept.get(i % 5, [&](int& out) {
+          ++computed[i % 5];
+          out = 10 * (i % 5);
+          return true;
+        });
+        if (answer != 10 * (i % 5)) right = false;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  std::vector<int> out(computed, computed + 5);
+  int attempts = 0, last = 0;
+  for (int i = 0; i < 9; ++i) {
+    last = kept.get(7, [&](int& answer) {
+      answer = ++attempts;
+      return attempts == 3;
+    });
+  }
+  out.push_back(attempts);
+  out.push_back(right && last == 3);
+  return out;
+}
+
 }  // namespace
 
 std::vector<int> run_probe(const std::string& name) {
+  if (name == "kept_answers") return kept_answers();
   alignas(16) static int out[kThreads];
   for (int& value : out) value = -1;
   const simt::Grid grid = {1, kThreads};

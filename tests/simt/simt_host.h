@@ -48,7 +48,10 @@ struct Settings {
   int multiprocessors = 3;
   size_t max_shared_bytes = 16 * 1024;
   int max_cluster = 1;  // as on devices without clusters
+  bool cooperative = true;
   int blocks_a_multiprocessor = 2;
+  int device = 0;                                              // its number
+  bool refuses_clusters = false, refuses_cooperative = false;  // whatever the device says
 };
 
 struct Counters {
@@ -57,6 +60,7 @@ struct Counters {
   int64_t barriers = 0;
   int64_t shared_accesses = 0;
   int64_t remote_accesses = 0;  // to the shared memory of another block
+  int64_t device_questions = 0, kernel_questions = 0;
 };
 
 extern Settings settings;
@@ -116,6 +120,9 @@ void global_access(const void* address, size_t bytes, bool write);
 // Under AddressSanitizer: whoever touches these bytes ends the process with a report.
 void forbid(const void* from, size_t bytes);
 bool sanitized();
+// Whether the kernel may have more shared memory than any kernel on the device.
+bool allows_shared(const void* kernel);
+void allow_shared(const void* kernel);
 void run(const Grid& grid, const std::function<void()>& thread_body);
 
 }  // namespace host
@@ -234,31 +241,48 @@ T narrow(R x) {
   }
 }
 
-inline int multiprocessors() { return host::settings.multiprocessors; }
-inline size_t max_shared_bytes() { return host::settings.max_shared_bytes; }
-inline int max_cluster() { return host::settings.max_cluster; }
+inline int current_device() { return host::settings.device; }
+
+inline bool ask_device(int, Device& device) {
+  ++host::counters.device_questions;
+  device = {host::settings.multiprocessors, host::settings.max_shared_bytes,
+            host::settings.max_cluster, host::settings.cooperative};
+  return true;
+}
 
 template <typename Kernel>
-int resident_blocks(Kernel*, int, size_t) {
-  return host::settings.multiprocessors * host::settings.blocks_a_multiprocessor;
+bool ask_kernel(Kernel* kernel, int, int& blocks) {
+  ++host::counters.kernel_questions;
+  host::allow_shared(reinterpret_cast<const void*>(kernel));
+  blocks = host::settings.blocks_a_multiprocessor;
+  return true;
 }
 
 constexpr int kInvalidValue = 1;
+constexpr int kRefused = 2;
 
 // Runs the grid to its end: a stream in which everything has been waited for.
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), const Grid& grid, void*, Arguments&&... arguments) {
+int start(void (*kernel)(Parameters...), const Grid& grid, void*, Arguments&&... arguments) {
+  constexpr size_t kAlwaysAllowed = 48 * 1024;
+  const host::Settings& device = host::settings;
   if (grid.blocks < 1 || grid.blocks > INT32_MAX || grid.threads < 1 || grid.threads > 1024 ||
-      grid.shared_bytes > host::settings.max_shared_bytes || grid.cluster < 1 ||
-      grid.cluster > host::settings.max_cluster || grid.blocks % grid.cluster != 0 ||
-      (grid.cooperative && grid.blocks > resident_blocks(kernel, grid.threads, 0))) {
+      grid.shared_bytes > device.max_shared_bytes || grid.cluster < 1 ||
+      grid.cluster > device.max_cluster || grid.blocks % grid.cluster != 0 ||
+      (grid.cooperative && grid.blocks > device.multiprocessors * device.blocks_a_multiprocessor) ||
+      (grid.shared_bytes > kAlwaysAllowed &&
+       !host::allows_shared(reinterpret_cast<const void*>(kernel)))) {
     return kInvalidValue;
   }
+  if (grid.cooperative && device.refuses_cooperative) return kRefused;
+  if (grid.cluster > 1 && device.refuses_clusters) return kRefused;
   host::run(grid, [&] { kernel(arguments...); });
   return 0;
 }
 
-inline const char* error_string(int error) { return error == 0 ? "no error" : "invalid value"; }
+inline const char* error_string(int error) {
+  return error == 0 ? "no error" : error == kRefused ? "refused" : "invalid value";
+}
 inline int runtime_version() { return 0; }
 inline std::string architectures() { return "cpu"; }
 

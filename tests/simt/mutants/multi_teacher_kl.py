@@ -77,8 +77,8 @@ MUTANTS = [
     ),
     mutant(
         "kl-cache-for-one-row",
-        "twice ? 2 : 0);",
-        "twice ? 1 : 0);",
+        "twice ? 2 : 0;",
+        "twice ? 1 : 0;",
         KL.format("1e-05-1025-bfloat16"),
         "of a shared array of",
     ),

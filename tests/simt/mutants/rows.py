@@ -319,8 +319,8 @@ MUTANTS = [
     ),
     mutant(
         "cache-without-room-for-the-arrays",
-        "return bytes + kOthers <= simt::max_shared_bytes();",
-        "return bytes <= simt::max_shared_bytes();",
+        "return bytes + kOthers <= simt::device().max_shared_bytes;",
+        "return bytes <= simt::device().max_shared_bytes;",
         "test_bisect_temperature.py::test_the_arrays_of_a_kernel_need_room_too",
         "more shared memory than a block can have",
         unit="cuda/bisect_temperature.cu",
