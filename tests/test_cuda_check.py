@@ -69,11 +69,11 @@ PREFIX = "_ZN6bmtard4cuda51_GLOBAL__N__489e839c_18_softmax_entropy_cu_f800e2a4"
 @pytest.mark.parametrize(
     ("template", "dtype", "vector_bytes"),
     [
-        ("INS0_5ShapeIdLi8ELi128ELi4EEEEE", "double", 16),
-        ("INS0_5ShapeIfLi32ELi256ELi32EEEEE", "float", 16),
-        ("INS0_5ShapeINS_7Float16ELi8ELi256ELi4EEEEE", "half", 8),  # four values of two bytes
-        ("INS0_5ShapeINS_8BFloat16ELi8ELi256ELi4ELb0EEEEE", "half", 8),
-        ("INS0_5ShapeINS_8BFloat16ELi256ELi256ELi0EEEEE", "half", 16),  # 0: any number
+        ("INS0_5ShapeIdLi8ELi128ELi4ELi2ELb0EEEEE", "double", 16),
+        ("INS0_5ShapeIfLi8ELi256ELi4ELi2ELb0EEEEE", "float", 8),  # two values of four bytes
+        ("INS0_5ShapeINS_7Float16ELi8ELi256ELi4ELi2EEEEE", "half", 4),
+        ("INS0_5ShapeIfLi32ELi256ELi32ELi4ELb0EEEEE", "float", 16),
+        ("INS0_5ShapeINS_8BFloat16ELi256ELi256ELi0ELi8ELb1EEEEE", "half", 16),
         ("IfLi2EE", "float", 16),
         ("INS_8BFloat16EE", "half", 16),
     ],
@@ -256,6 +256,17 @@ def test_opposite_predicates_exclude_each_other():
     assert listing(both.format("@!P0 ")).others["load"] == 0
     assert listing(both.format("@P0 ")).others["load"] == 1
     assert listing(both.format("")).others["load"] == 1
+
+
+@pytest.mark.parametrize("end", ["EXIT", "RET.REL.NODEC R2"])
+def test_exits_under_a_predicate_are_followed(end):
+    """The end of a kernel: the wide branch is a predicate, and leaves."""
+    last = f"@!P0 STG.E.128 [R8.64], R4\n{{}}@!P0 {end}\nSTG.E [R8.64], R4\nEXIT"
+    assert listing(last.format("")).others["store"] == 0
+    assert listing(last.format("ISETP.GT.AND P0, PT, R2, R4, PT\n")).others["store"] == 1
+    other = last.format("").replace(f"@!P0 {end}", f"@P0 {end}")
+    assert listing(other).others["store"] == 1
+    assert listing(last.format("").replace(f"@!P0 {end}", "NOP")).others["store"] == 1
 
 
 def test_shared_memory_of_another_block_is_no_row():

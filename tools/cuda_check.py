@@ -5,7 +5,7 @@
 
 1. Compiles every architecture of CMakeLists.txt with warnings as errors, into build/cuda-check.
 2. Reads ptxas' reports: no spill, no local memory, registers within the kernel's budget.
-3. Disassembles the library: rows move in 16-byte accesses wherever they are packed.
+3. Disassembles the library: rows move in accesses of a pack wherever they are packed.
 4. Imports the library beside a CUDA torch: dispatch keys, fake tensors, stream, architectures.
 
 The budgets are the table "Budgets" of csrc/cuda/README.md. A kernel that is not in the table, or
@@ -49,7 +49,7 @@ class Kernel:
 
 
 def kernel_of(mangled: str) -> Kernel:
-    """Kernels are templates on a dtype or on Shape<dtype, lanes, threads, values> (rows.cuh)."""
+    """Kernels are templates on a dtype or on Shape<dtype, lanes, threads, values, width>."""
     rest = mangled.removeprefix("_Z").removeprefix("N")
     name = mangled
     while match := re.match(r"\d+", rest):
@@ -57,10 +57,8 @@ def kernel_of(mangled: str) -> Kernel:
         name, rest = rest[match.end() :][:length], rest[match.end() + length :]
     found = re.search(r"I(?:NS\w*?_\d+)?(BFloat16|Float16|f|d)(?=E|Li)", rest)
     dtype = DTYPES[found[1]] if found else None
-    shape = re.search(r"5ShapeI\w+?Li\d+ELi\d+ELi(\d+)E", rest)
-    values = int(shape[1]) if shape else 0  # of a thread, 0: any number
-    row_bytes = values * BYTES[dtype] if dtype else 0
-    return Kernel(name, dtype, min(16, row_bytes or 16))
+    shape = re.search(r"5ShapeI\w+?Li\d+ELi\d+ELi\d+ELi(\d+)E", rest)
+    return Kernel(name, dtype, int(shape[1]) * BYTES[dtype] if shape and dtype else 16)
 
 
 # --- Budgets -------------------------------------------------------------------------------
@@ -171,6 +169,7 @@ class Accesses:
 
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 # LD and ST, of any memory, are how a block of a cluster reads another one's shared memory.
+_ENDS = ("EXIT", "RET", "KILL")
 _MEMORY = {"LDG": "load", "LDGSTS": "load", "STG": "store"}
 
 
@@ -208,15 +207,18 @@ class Graph:
         node_at = {first: node for node, first in enumerate(firsts)}
         self.next: list[list[int]] = []
         self.node_of: list[int] = []  # of each instruction
-        # Predicate that a jump tests -> (jump, its node, where it goes if true, if false)
-        self.tests: dict[str, list[tuple[int, int, int, int]]] = {}
+        # Predicate that a jump tests -> (jump, its node, where it goes if true, if false); None:
+        # out of the kernel.
+        self.tests: dict[str, list[tuple[int, int, int | None, int | None]]] = {}
         for node, (first, end) in enumerate(zip(firsts, [*firsts[1:], len(code)], strict=True)):
             last = end - 1
             targets = jumps.get(last, [end] if end < len(code) else [])
             self.next.append([node_at[target] for target in targets])
             self.node_of += [node] * (end - first)
-            if (predicate := code[last].predicate) and len(targets) == 2:
-                yes, no = self.next[node]
+            if (predicate := code[last].predicate) and targets:
+                yes, no = self.next[node] if len(targets) == 2 else (None, self.next[node][0])
+                if len(targets) == 1 and code[last].opcode.split(".")[0] not in _ENDS:
+                    continue
                 self.tests.setdefault(predicate, []).append((last, node, yes, no))
                 self.tests.setdefault(negated(predicate), []).append((last, node, no, yes))
         self._order()
@@ -240,7 +242,7 @@ class Graph:
                 jumps[i] = [taken, *(after if conditional else [])]
             elif base in ("BRX", "JMX", "BRXU", "JMXU"):
                 raise ValueError(f"cannot follow {x.opcode} at {x.address:#x}")
-            elif base in ("EXIT", "RET", "KILL"):
+            elif base in _ENDS:
                 jumps[i] = after if x.predicate else []
             elif base == "BSYNC":
                 places = convergence[x.operands]
@@ -299,18 +301,21 @@ class Graph:
         node_a, node_b = self.node_of[a], self.node_of[b]
         if not (self.reach[node_a] >> node_b & 1 or self.reach[node_b] >> node_a & 1):
             return True
-        # `@P0 LDG.E.128; @P0 BRA beyond`: what the jump skips is the other branch.
+        # `@P0 LDG.E.128; @P0 BRA beyond`: what the jump, or an exit, skips is the other branch.
         if (predicate := self.code[a].predicate) is None:
             return False
         if self.code[b].predicate == negated(predicate) and self._keeps(predicate, a, b):
             return True
         return any(
             self.reach[node_a] >> node & 1
-            and self.reach[no] >> node_b & 1
-            and not self.reach[yes] >> node_b & 1
+            and self._reaches(no, node_b)
+            and not self._reaches(yes, node_b)
             and self._keeps(predicate, a, jump)
             for jump, node, yes, no in self.tests.get(predicate, ())
         )
+
+    def _reaches(self, node: int | None, target: int) -> bool:
+        return node is not None and bool(self.reach[node] >> target & 1)
 
     def _keeps(self, predicate: str, a: int, b: int) -> bool:
         """Whether no instruction between may write the predicate."""

@@ -30,13 +30,15 @@ BatchPlan one_block() {
   return {{1, Shape::kThreads}, 0};
 }
 
-// `kept`: the number of matrices that every round reads, and of all that may stay.
+// `span`: see Window. `kept`: the number of matrices that every round reads, and of all that may
+// stay.
 template <typename Shape, typename Kernel>
-BatchPlan plan_batch(Kernel* kernel, int64_t rows, int64_t classes, int first_kept, int all_kept) {
+BatchPlan plan_batch(Kernel* kernel, int64_t rows, int64_t classes, int64_t span, int first_kept,
+                     int all_kept) {
   BatchPlan plan = one_block<Shape>();
   const auto keep = [&](int64_t blocks) {
     for (const int matrices : {all_kept, first_kept}) {
-      const size_t bytes = cache_bytes<Shape>(classes, matrices * ceil_divide(rows, blocks));
+      const size_t bytes = cache_bytes<Shape>(span, matrices * ceil_divide(rows, blocks));
       if (bytes == 0 || !fits_in_shared(bytes)) continue;
       plan.cached_matrices = matrices;
       plan.grid.shared_bytes = bytes;
@@ -72,9 +74,9 @@ BatchPlan plan_batch(Kernel* kernel, int64_t rows, int64_t classes, int first_ke
 // block takes the batch.
 template <typename Shape, typename Kernel, typename Args>
 int launch_batch(Kernel* kernel, const BatchPlan& plan, void* stream, const Args& args,
-                 bool packed) {
+                 Packing packing) {
   const auto attempt = [&](const BatchPlan& plan) {
-    return simt::launch(kernel, plan.grid, stream, args, packed, plan.cached_matrices);
+    return simt::launch(kernel, plan.grid, stream, args, packing, plan.cached_matrices);
   };
   const int error = attempt(plan);
   return error != 0 && plan.grid.blocks > 1 ? attempt(one_block<Shape>()) : error;
@@ -86,11 +88,11 @@ class Share {
  public:
   using T = typename Shape::Type;
 
-  BMTARD_DEVICE Share(int64_t rows, int64_t classes, bool packed, int cached_matrices,
+  BMTARD_DEVICE Share(int64_t rows, int64_t classes, Packing packing, int cached_matrices,
                       const Group<Shape>& group)
-      : classes(static_cast<int>(classes)),
-        packed(packed),
-        group_(group),
+      : group_(group),
+        classes_(static_cast<int>(classes)),
+        packing_(packing),
         cached_matrices_(cached_matrices),
         rows_((rows + simt::grid_blocks() - 1) / simt::grid_blocks()),
         first_(rows_ * simt::block_id()),
@@ -102,14 +104,20 @@ class Share {
     for (int64_t n = first_ + group_.number(); n < end_; n += Shape::kRows) visit(n);
   }
 
+  // The window of row n, which all matrices of the call share.
+  BMTARD_DEVICE Window window(const Matrix& data, int64_t n) const {
+    return window_of<Shape>(row_of<T>(data, n), classes_, group_.lane, packing_);
+  }
+
   // Row n of the call's matrix number `matrix`; `first_look` until all its rows were read once.
-  BMTARD_DEVICE auto row(const Matrix& data, int matrix, int64_t n, bool first_look) const {
+  BMTARD_DEVICE auto row(const Matrix& data, const Window& window, int matrix, int64_t n,
+                         bool first_look) const {
     const T* const from = row_of<T>(data, n);
     if constexpr (Shape::kTiles > 0) {
-      return Row<Shape>(from, classes, group_.lane, packed);
+      return Row<Shape>(from, window);
     } else {
-      const int64_t place = (matrix * rows_ + n - first_) * cached_values<Shape>(classes);
-      return CachedRow<Shape>(from, classes, group_.lane, packed, simt::dynamic_shared<T>(),
+      const int64_t place = (matrix * rows_ + n - first_) * cached_values<Shape>(window.span);
+      return CachedRow<Shape>(from, window, group_.lane, simt::dynamic_shared<T>(),
                               static_cast<int>(place),
                               matrix >= cached_matrices_ ? Cache::kNone
                               : first_look               ? Cache::kFill
@@ -117,11 +125,10 @@ class Share {
     }
   }
 
-  const int classes;
-  const bool packed;
-
  private:
   const Group<Shape>& group_;
+  int classes_;
+  Packing packing_;
   int cached_matrices_;
   int64_t rows_, first_, end_;
 };
@@ -242,11 +249,12 @@ BMTARD_DEVICE void entropy_pass(const Matrix& logits, int matrix, bool first_loo
   BMTARD_UNROLL
   for (int i = 0; i < kSums; ++i) sums[i] = 0;
   share.for_each([&](int64_t n) {
-    const auto row = share.row(logits, matrix, n, first_look);
+    const Window window = share.window(logits, n);
+    const auto row = share.row(logits, window, matrix, n, first_look);
     R max;
     R count[1] = {0};
     const auto found = derivatives_of(softmax_sums<EntropyMoments<R>, Shape>(
-        row, share.classes, inverse, group, max,
+        row, window, inverse, group, max,
         [&](R value) { count[0] += value > -std::numeric_limits<R>::infinity() ? 1 : 0; }));
     sums[0] += found.entropy;
     sums[1] += found.variance;

@@ -12,7 +12,7 @@ constexpr int kThreads = 256;
 // threads of the group compute the same search.
 template <typename Shape>
 BMTARD_KERNEL(Shape::kThreads)
-bisect_rows_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, bool packed,
+bisect_rows_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, Packing packing,
                    bool cached) {
   using T = typename Shape::Type;
   using R = Real<T>;
@@ -20,18 +20,18 @@ bisect_rows_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, bool p
   Group<Shape> group(block);
   const int64_t n = group.number(group.block_id());
   if (n >= args.rows) return;
-  const int classes = static_cast<int>(args.classes);
   const T* data = row_of<T>(args.logits, n);
+  const Window window = window_of<Shape>(data, static_cast<int>(args.classes), group.lane, packing);
   const auto row = [&] {
     if constexpr (Shape::kTiles > 0) {
-      return Row<Shape>(data, classes, group.lane, packed);
+      return Row<Shape>(data, window);
     } else {
-      return CachedRow<Shape>(data, classes, group.lane, packed, simt::dynamic_shared<T>(), 0,
+      return CachedRow<Shape>(data, window, group.lane, simt::dynamic_shared<T>(), 0,
                               cached ? Cache::kFill : Cache::kNone);
     }
   }();
   R max;
-  const LogitRange<R> range = logit_range<Shape>(row, classes, group, max);
+  const LogitRange<R> range = logit_range<Shape>(row, window, group, max);
 
   TemperatureSearch<R> search;
   search.target = at<R>(args.target_entropy, n * args.target_entropy_stride);
@@ -49,7 +49,7 @@ bisect_rows_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, bool p
   }
   while (!search.done) {
     search.update(derivatives_of(
-        sums_below<EntropyMoments<R>, Shape>(row, classes, max, 1 / search.temperature, group)));
+        sums_below<EntropyMoments<R>, Shape>(row, window, max, 1 / search.temperature, group)));
   }
   if (group.leads()) {
     put<R>(args.temperature, n, search.temperature);
@@ -72,8 +72,9 @@ BMTARD_DEVICE void range_pass(const BisectTemperatureArgs& args, const Share<Sha
   for (int i = 0; i < kSums; ++i) sums[i] = 0;
   share.for_each([&](int64_t n) {
     Real<typename Shape::Type> max;
+    const Window window = share.window(args.logits, n);
     const auto range =
-        logit_range<Shape>(share.row(args.logits, 0, n, true), share.classes, group, max);
+        logit_range<Shape>(share.row(args.logits, window, 0, n, true), window, group, max);
     sums[0] += range.log_count;
     sums[1] += range.variance;
   });
@@ -103,7 +104,7 @@ BMTARD_DEVICE int32_t decide(const BisectTemperatureArgs& args, int32_t phase,
 // temperature, then the search.
 template <typename Shape>
 BMTARD_KERNEL(Shape::kThreads)
-bisect_batch_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, bool packed,
+bisect_batch_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, Packing packing,
                     int cached_matrices) {
   using R = Real<typename Shape::Type>;
   BMTARD_SHARED(TemperatureSearch<double>, searches, 1);
@@ -114,7 +115,7 @@ bisect_batch_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, bool 
   const bool decides = simt::thread_id() == 0;
   Block<Shape::kThreads> block;
   Group<Shape> group(block);
-  const Share<Shape> share(args.rows, args.classes, packed, cached_matrices, group);
+  const Share<Shape> share(args.rows, args.classes, packing, cached_matrices, group);
   Team<Shape::kThreads> team(block, {totals, mine, static_cast<double*>(args.workspace)}, 1);
 
   const int32_t first = args.initial ? kFirst : kRange;
@@ -165,22 +166,29 @@ bisect_batch_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, bool 
 
 int bisect_rows(const BisectTemperatureArgs& args, void* stream) {
   if (args.rows == 0) return 0;
+  Alignment alignment(args.dtype);
+  alignment.add(args.logits);
   return with_shape<kThreads>(args.dtype, args.classes, [&](auto shape) {
     using Shape = decltype(shape);
     const int64_t blocks = ceil_divide(args.rows, Shape::kRows);
-    return launch_rows<Shape>(blocks, args.classes, 1, [&](const simt::Grid& grid, bool cached) {
-      return simt::launch(bisect_rows_kernel<Shape>, grid, stream, args,
-                          packable(args.dtype, args.logits), cached);
+    const Packing packing = alignment.packing<Shape>(args.classes);
+    const int64_t span = args.classes + packing.slack;
+    return launch_rows<Shape>(blocks, span, 1, [&](const simt::Grid& grid, bool cached) {
+      return simt::launch(bisect_rows_kernel<Shape>, grid, stream, args, packing, cached);
     });
   });
 }
 
 int bisect_batch(const BisectTemperatureArgs& args, void* stream) {
+  Alignment alignment(args.dtype);
+  alignment.add(args.logits);
   return with_shape<kBatchThreads, false, false>(args.dtype, args.classes, [&](auto shape) {
     using Shape = decltype(shape);
     const auto kernel = bisect_batch_kernel<Shape>;
-    const BatchPlan plan = plan_batch<Shape>(kernel, args.rows, args.classes, 1, 1);
-    return launch_batch<Shape>(kernel, plan, stream, args, packable(args.dtype, args.logits));
+    const Packing packing = alignment.packing<Shape>(args.classes);
+    const int64_t span = args.classes + packing.slack;
+    const BatchPlan plan = plan_batch<Shape>(kernel, args.rows, args.classes, span, 1, 1);
+    return launch_batch<Shape>(kernel, plan, stream, args, packing);
   });
 }
 

@@ -43,14 +43,14 @@ BMTARD_DEVICE bool bisects(const BMTARDLossArgs& args) {
 // The teachers' matrices have the numbers 0 to K - 1, because every round reads them. The students'
 // matrices follow.
 template <typename Shape>
-BMTARD_DEVICE auto teacher_row(const BMTARDLossArgs& args, const Share<Shape>& share, int k,
-                               int64_t n, bool first_look) {
-  return share.row(args.teacher[k], k, n, first_look);
+BMTARD_DEVICE auto teacher_row(const BMTARDLossArgs& args, const Share<Shape>& share,
+                               const Window& window, int k, int64_t n, bool first_look) {
+  return share.row(args.teacher[k], window, k, n, first_look);
 }
 template <typename Shape>
-BMTARD_DEVICE auto student_row(const BMTARDLossArgs& args, const Share<Shape>& share, int k,
-                               int64_t n, bool first_look) {
-  return share.row(args.student[k], args.teachers + k, n, first_look);
+BMTARD_DEVICE auto student_row(const BMTARDLossArgs& args, const Share<Shape>& share,
+                               const Window& window, int k, int64_t n, bool first_look) {
+  return share.row(args.student[k], window, args.teachers + k, n, first_look);
 }
 
 // Adds up a teacher's KL and entropy over this block's rows, and writes their statistics.
@@ -66,10 +66,11 @@ BMTARD_DEVICE void loss_pass(const BMTARDLossArgs& args, int k, double temperatu
   BMTARD_UNROLL
   for (int i = 0; i < kSums; ++i) sums[i] = 0;
   share.for_each([&](int64_t n) {
-    const auto student = student_row(args, share, k, n, true);
-    const auto teacher = teacher_row(args, share, k, n, !bisects(args));
-    const auto found = kl_row<Shape>(student, teacher, share.classes, student_inverse, inverse, eps,
-                                     entropy_eps, group);
+    const Window window = share.window(args.student[k], n);
+    const auto student = student_row(args, share, window, k, n, true);
+    const auto teacher = teacher_row(args, share, window, k, n, !bisects(args));
+    const auto found =
+        kl_row<Shape>(student, teacher, window, student_inverse, inverse, eps, entropy_eps, group);
     sums[0] += found.kl;
     sums[1] += found.entropy;
     if (group.lane == 0) {
@@ -85,8 +86,7 @@ BMTARD_DEVICE void loss_pass(const BMTARDLossArgs& args, int k, double temperatu
 // d loss / d student k, of this block's rows.
 template <typename Shape, typename R>
 BMTARD_DEVICE void gradient_pass(const BMTARDLossArgs& args, int k, double temperature,
-                                 double weight, const R* statistics, const Share<Shape>& share,
-                                 const Group<Shape>& group) {
+                                 double weight, const R* statistics, const Share<Shape>& share) {
   using T = typename Shape::Type;
   using std::exp;
   if (!args.grad_student[k]) return;
@@ -98,17 +98,18 @@ BMTARD_DEVICE void gradient_pass(const BMTARDLossArgs& args, int k, double tempe
     const R* const from = statistics + k * args.rows + n;
     const LogSoftmax<R> q{student_inverse, simt::load(from), simt::load(from + plane)};
     const LogSoftmax<R> p{inverse, simt::load(from + 2 * plane), simt::load(from + 3 * plane)};
-    const auto student = student_row(args, share, k, n, false);
-    const auto teacher = teacher_row(args, share, k, n, false);
+    const Window window = share.window(args.student[k], n);
+    const auto student = student_row(args, share, window, k, n, false);
+    const auto teacher = teacher_row(args, share, window, k, n, false);
     T* const to = static_cast<T*>(args.grad_student[k]) + n * args.classes;
-    for_each_tile<Shape>(share.classes, [&](int tile) {
+    for_each_tile<Shape>(window, [&](int tile) {
       const Tile<Shape> s = student.get(tile), t = teacher.get(tile);
       Tile<Shape> gradient;
       BMTARD_UNROLL
       for (int i = 0; i < Shape::kWidth; ++i) {
         gradient.value[i] = coefficient * (exp(q(s.value[i])) - exp(p(t.value[i])));
       }
-      store_tile<Shape>(to, share.classes, tile, group.lane, share.packed, gradient);
+      store_tile<Shape>(to, window, tile, gradient);
     });
   });
 }
@@ -205,7 +206,7 @@ BMTARD_DEVICE void settle(const BMTARDLossArgs& args, const Board& board, int64_
 
 template <typename Shape>
 BMTARD_KERNEL(Shape::kThreads)
-bmtard_loss_kernel(const BMTARD_GRID_CONSTANT BMTARDLossArgs args, bool packed,
+bmtard_loss_kernel(const BMTARD_GRID_CONSTANT BMTARDLossArgs args, Packing packing,
                    int cached_matrices) {
   using R = Real<typename Shape::Type>;
   BMTARD_SHARED(Teacher, teachers, kMaxTeachers);
@@ -225,7 +226,7 @@ bmtard_loss_kernel(const BMTARD_GRID_CONSTANT BMTARDLossArgs args, bool packed,
 
   Block<Shape::kThreads> block;
   Group<Shape> group(block);
-  const Share<Shape> share(args.rows, args.classes, packed, cached_matrices, group);
+  const Share<Shape> share(args.rows, args.classes, packing, cached_matrices, group);
   Team<Shape::kThreads> team(block, {totals, mine, workspace.slots}, args.teachers);
   // Block 0 overwrites the state after the last round, when all have read it.
   const int64_t step = simt::load(args.state.step);
@@ -282,8 +283,8 @@ bmtard_loss_kernel(const BMTARD_GRID_CONSTANT BMTARDLossArgs args, bool packed,
   simt::block_barrier();
   BMTARD_ROLLED
   for (int k = 0; k < args.teachers; ++k) {
-    gradient_pass<Shape, R>(args, k, temperature.get(k), weight.get(k), workspace.statistics, share,
-                            group);
+    gradient_pass<Shape, R>(args, k, temperature.get(k), weight.get(k), workspace.statistics,
+                            share);
   }
   team.leave();
 }
@@ -291,18 +292,20 @@ bmtard_loss_kernel(const BMTARD_GRID_CONSTANT BMTARDLossArgs args, bool packed,
 }  // namespace
 
 int bmtard_loss(const BMTARDLossArgs& args, void* stream) {
-  bool packed = true;
+  Alignment alignment(args.dtype);
   for (int32_t k = 0; k < args.teachers; ++k) {
-    packed = packed && packable(args.dtype, args.student[k]) &&
-             packable(args.dtype, args.teacher[k]) &&
-             (!args.grad_student[k] || packable(args.dtype, args.grad_student[k], args.classes));
+    alignment.add(args.student[k]);
+    alignment.add(args.teacher[k]);
+    alignment.add(args.grad_student[k], args.classes);
   }
   return with_shape<kBatchThreads, false, false>(args.dtype, args.classes, [&](auto shape) {
     using Shape = decltype(shape);
     const auto kernel = bmtard_loss_kernel<Shape>;
+    const Packing packing = alignment.packing<Shape>(args.classes);
+    const int64_t span = args.classes + packing.slack;
     const BatchPlan plan =
-        plan_batch<Shape>(kernel, args.rows, args.classes, args.teachers, 2 * args.teachers);
-    return launch_batch<Shape>(kernel, plan, stream, args, packed);
+        plan_batch<Shape>(kernel, args.rows, args.classes, span, args.teachers, 2 * args.teachers);
+    return launch_batch<Shape>(kernel, plan, stream, args, packing);
   });
 }
 

@@ -42,12 +42,12 @@ struct LogSoftmax {
 };
 
 template <typename Shape, typename RowType, typename R>
-BMTARD_DEVICE LogSoftmax<R> log_softmax(const RowType& row, int classes, R inverse_temperature,
-                                        Group<Shape>& group) {
+BMTARD_DEVICE LogSoftmax<R> log_softmax(const RowType& row, const Window& window,
+                                        R inverse_temperature, Group<Shape>& group) {
   using std::log;
   R max;
   const auto sum =
-      softmax_sums<PartitionSum<R>, Shape>(row, classes, inverse_temperature, group, max);
+      softmax_sums<PartitionSum<R>, Shape>(row, window, inverse_temperature, group, max);
   return {inverse_temperature, max, log(sum.s0)};
 }
 
@@ -60,16 +60,16 @@ struct KLRow {
 
 // In two passes over each row: the log-softmaxes, then the sums.
 template <typename Shape, typename RowType, typename R>
-BMTARD_DEVICE KLRow<R> kl_by_softmax(const RowType& student, const RowType& teacher, int classes,
-                                     R student_inverse, R inverse, R eps, R entropy_eps,
-                                     Group<Shape>& group) {
+BMTARD_DEVICE KLRow<R> kl_by_softmax(const RowType& student, const RowType& teacher,
+                                     const Window& window, R student_inverse, R inverse, R eps,
+                                     R entropy_eps, Group<Shape>& group) {
   using std::exp;
   using std::log;
-  const auto q = log_softmax<Shape>(student, classes, student_inverse, group);
-  const auto p = log_softmax<Shape>(teacher, classes, inverse, group);
+  const auto q = log_softmax<Shape>(student, window, student_inverse, group);
+  const auto p = log_softmax<Shape>(teacher, window, inverse, group);
   const bool has_eps = eps > R(0);
   R sums[3] = {0, 0, 0};
-  for_each_tile<Shape>(classes, [&](int tile) {
+  for_each_tile<Shape>(window, [&](int tile) {
     const Tile<Shape> s = student.get(tile), t = teacher.get(tile);
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) {
@@ -124,12 +124,13 @@ struct OnlineKL {
 };
 
 template <typename Shape, typename RowType, typename R>
-BMTARD_DEVICE KLRow<R> online_kl(const RowType& student, const RowType& teacher, int classes,
-                                 R student_inverse, R inverse, Group<Shape>& group) {
+BMTARD_DEVICE KLRow<R> online_kl(const RowType& student, const RowType& teacher,
+                                 const Window& window, R student_inverse, R inverse,
+                                 Group<Shape>& group) {
   using std::log;
   constexpr R kNothing = -std::numeric_limits<R>::infinity();
   OnlineKL<R> sums{kNothing, kNothing};
-  for_each_tile<Shape>(classes, [&](int tile) {
+  for_each_tile<Shape>(window, [&](int tile) {
     const Tile<Shape> s = student.get(tile), t = teacher.get(tile);
     R student_top = sums.student_max, top = sums.max;
     BMTARD_UNROLL
@@ -161,14 +162,14 @@ BMTARD_DEVICE KLRow<R> online_kl(const RowType& student, const RowType& teacher,
 
 // KL and center of a row whose sum for KL overflowed.
 template <typename Shape, typename RowType, typename R>
-BMTARD_DEVICE void find_far_kl(const RowType& student, const RowType& teacher, int classes, R eps,
-                               Group<Shape>& group, KLRow<R>& found) {
+BMTARD_DEVICE void find_far_kl(const RowType& student, const RowType& teacher, const Window& window,
+                               R eps, Group<Shape>& group, KLRow<R>& found) {
   using std::exp;
   using std::log;
   // One sum at a time, because all three at once would not fit into the registers of the head.
   const auto sum = [&](auto term) {
     R sums[1] = {0};
-    for_each_tile<Shape>(classes, [&](int tile) {
+    for_each_tile<Shape>(window, [&](int tile) {
       const Tile<Shape> s = student.get(tile), t = teacher.get(tile);
       BMTARD_UNROLL
       for (int i = 0; i < Shape::kWidth; ++i) {
@@ -190,22 +191,22 @@ BMTARD_DEVICE void find_far_kl(const RowType& student, const RowType& teacher, i
 
 // A row that is not in registers is read as rarely as possible.
 template <typename Shape, typename RowType, typename R>
-BMTARD_DEVICE KLRow<R> kl_row(const RowType& student, const RowType& teacher, int classes,
+BMTARD_DEVICE KLRow<R> kl_row(const RowType& student, const RowType& teacher, const Window& window,
                               R student_inverse, R inverse, R eps, R entropy_eps,
                               Group<Shape>& group) {
   const bool online = Shape::kTiles == 0 && !(eps > R(0));
   KLRow<R> found;
   if constexpr (Shape::kTiles == 0) {
     if (online) {
-      found = online_kl<Shape>(student, teacher, classes, student_inverse, inverse, group);
+      found = online_kl<Shape>(student, teacher, window, student_inverse, inverse, group);
     }
   }
   if (!online) {
-    found = kl_by_softmax<Shape>(student, teacher, classes, student_inverse, inverse, eps,
+    found = kl_by_softmax<Shape>(student, teacher, window, student_inverse, inverse, eps,
                                  entropy_eps, group);
   }
   if (found.kl > std::numeric_limits<R>::max()) {
-    find_far_kl<Shape>(student, teacher, classes, eps, group, found);
+    find_far_kl<Shape>(student, teacher, window, eps, group, found);
   }
   return found;
 }

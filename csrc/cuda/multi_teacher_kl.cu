@@ -29,7 +29,7 @@ BMTARD_DEVICE int64_t statistic(const Args& args, Plane plane, int k, int64_t n)
 // memory, or if eps is 0 and no gradient is wanted; else twice.
 template <typename Shape>
 BMTARD_KERNEL(Shape::kThreads)
-multi_teacher_kl_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLArgs args, bool packed,
+multi_teacher_kl_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLArgs args, Packing packing,
                         bool cached, int blocks_a_teacher) {
   using T = typename Shape::Type;
   using R = Real<T>;
@@ -38,21 +38,22 @@ multi_teacher_kl_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLArgs args, bool
   const int k = group.block_id() / blocks_a_teacher;
   const int64_t n = group.number(group.block_id() % blocks_a_teacher);
   if (n >= args.rows) return;
-  const int classes = static_cast<int>(args.classes);
+  const Window window = window_of<Shape>(row_of<T>(args.student[k], n),
+                                         static_cast<int>(args.classes), group.lane, packing);
   const auto row = [&](const Matrix& matrix, int place) {
     const T* data = row_of<T>(matrix, n);
     if constexpr (Shape::kTiles > 0) {
-      return Row<Shape>(data, classes, group.lane, packed);
+      return Row<Shape>(data, window);
     } else {
-      return CachedRow<Shape>(data, classes, group.lane, packed, simt::dynamic_shared<T>(),
-                              place * cached_values<Shape>(classes),
+      return CachedRow<Shape>(data, window, group.lane, simt::dynamic_shared<T>(),
+                              place * cached_values<Shape>(window.span),
                               cached ? Cache::kFill : Cache::kNone);
     }
   };
   const auto student = row(args.student[k], 0);
   const auto teacher = row(args.teacher[k], 1);
   const auto found =
-      kl_row<Shape>(student, teacher, classes, static_cast<R>(1 / args.student_temperature),
+      kl_row<Shape>(student, teacher, window, static_cast<R>(1 / args.student_temperature),
                     inverse_temperature_of<R>(args, k), static_cast<R>(args.eps), R(0), group);
   if (group.leads()) {
     put<R>(args.kl, static_cast<int64_t>(k) * args.rows + n, found.kl);
@@ -69,7 +70,7 @@ multi_teacher_kl_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLArgs args, bool
                                                    n * args.coefficient_row_stride) *
                        found.q.inverse_temperature;
     T* const to = static_cast<T*>(args.grad_student[k]) + n * args.classes;
-    for_each_tile<Shape>(classes, [&](int tile) {
+    for_each_tile<Shape>(window, [&](int tile) {
       const Tile<Shape> s = student.get(tile), t = teacher.get(tile);
       Tile<Shape> gradient;
       BMTARD_UNROLL
@@ -78,7 +79,7 @@ multi_teacher_kl_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLArgs args, bool
         const R difference = exp(found.q(s.value[i])) - exp(found.p(t.value[i]));
         gradient.value[i] = by_logit == R(0) ? R(0) : by_logit * difference;  // not 0 * NaN
       }
-      store_tile<Shape>(to, classes, tile, group.lane, packed, gradient);
+      store_tile<Shape>(to, window, tile, gradient);
     });
   }
   group.leave();
@@ -134,7 +135,7 @@ BMTARD_DEVICE T* gradient_row(void* const (&gradients)[kMaxTeachers], bool share
 template <typename Shape>
 BMTARD_KERNEL(Shape::kThreads)
 multi_teacher_kl_backward_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLBackwardArgs args,
-                                 bool packed, bool together, int blocks_a_teacher) {
+                                 Packing packing, bool together, int blocks_a_teacher) {
   using T = typename Shape::Type;
   using R = Real<T>;
   using Streamed = StreamedShape<Shape>;
@@ -143,7 +144,8 @@ multi_teacher_kl_backward_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLBackwa
   const int part = group.block_id() / blocks_a_teacher;
   const int64_t n = group.number(group.block_id() % blocks_a_teacher);
   if (n >= args.rows) return;
-  const int classes = static_cast<int>(args.classes);
+  const Window window = window_of<Shape>(row_of<T>(args.student[0], n),
+                                         static_cast<int>(args.classes), group.lane, packing);
 
   const auto finish_temperature = [&](const Pair<R>& pair, int k, R by_temperature) {
     if (!args.grad_temperature) return;
@@ -160,18 +162,18 @@ multi_teacher_kl_backward_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLBackwa
     const Pair<R> pair(args, k, n);
     T* const to_student = gradient_row<T>(args.grad_student, false, k, n, args.classes);
     T* const to_teacher = gradient_row<T>(args.grad_teacher, false, k, n, args.classes);
-    const Row<Shape> student(row_of<T>(args.student[k], n), classes, group.lane, packed);
-    const Row<Shape> teacher(row_of<T>(args.teacher[k], n), classes, group.lane, packed);
+    const Row<Shape> student(row_of<T>(args.student[k], n), window);
+    const Row<Shape> teacher(row_of<T>(args.teacher[k], n), window);
     R by_temperature = 0;
-    for_each_tile<Shape>(classes, [&](int tile) {
+    for_each_tile<Shape>(window, [&](int tile) {
       const Tile<Shape> s = student.get(tile), t = teacher.get(tile);
       Tile<Shape> grad_s{}, grad_t{};
       BMTARD_UNROLL
       for (int i = 0; i < Shape::kWidth; ++i) {
         pair.add(s.value[i], t.value[i], grad_s.value[i], grad_t.value[i], by_temperature);
       }
-      if (to_student) store_tile<Shape>(to_student, classes, tile, group.lane, packed, grad_s);
-      if (to_teacher) store_tile<Shape>(to_teacher, classes, tile, group.lane, packed, grad_t);
+      if (to_student) store_tile<Shape>(to_student, window, tile, grad_s);
+      if (to_teacher) store_tile<Shape>(to_teacher, window, tile, grad_t);
     });
     finish_temperature(pair, k, by_temperature);
     group.leave();
@@ -180,9 +182,8 @@ multi_teacher_kl_backward_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLBackwa
 
   const auto for_each_teacher = [&](int tile, auto visit) {
     for (int k = 0; k < args.teachers; ++k) {
-      visit(k,
-            load_tile<Streamed>(row_of<T>(args.student[k], n), classes, tile, group.lane, packed),
-            load_tile<Streamed>(row_of<T>(args.teacher[k], n), classes, tile, group.lane, packed));
+      visit(k, load_tile<Streamed>(row_of<T>(args.student[k], n), window, tile),
+            load_tile<Streamed>(row_of<T>(args.teacher[k], n), window, tile));
     }
   };
   bool any_logits = false;
@@ -190,7 +191,7 @@ multi_teacher_kl_backward_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLBackwa
     any_logits = any_logits || args.grad_student[k] || args.grad_teacher[k];
   }
   if (any_logits) {
-    for_each_tile<Streamed>(classes, [&](int tile) {
+    for_each_tile<Streamed>(window, [&](int tile) {
       Tile<Streamed> grad_s{}, grad_t{};
       for_each_teacher(tile, [&](int k, const Tile<Streamed>& s, const Tile<Streamed>& t) {
         const Pair<R> pair(args, k, n);
@@ -202,13 +203,13 @@ multi_teacher_kl_backward_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLBackwa
         // A shared gradient is complete after the last teacher.
         const bool last = k + 1 == args.teachers;
         if (last || !args.student_shared) {
-          T* const to = gradient_row<T>(args.grad_student, args.student_shared, k, n, classes);
-          if (to) store_tile<Streamed>(to, classes, tile, group.lane, packed, grad_s);
+          T* const to = gradient_row<T>(args.grad_student, args.student_shared, k, n, args.classes);
+          if (to) store_tile<Streamed>(to, window, tile, grad_s);
           grad_s = {};
         }
         if (last || !args.teacher_shared) {
-          T* const to = gradient_row<T>(args.grad_teacher, args.teacher_shared, k, n, classes);
-          if (to) store_tile<Streamed>(to, classes, tile, group.lane, packed, grad_t);
+          T* const to = gradient_row<T>(args.grad_teacher, args.teacher_shared, k, n, args.classes);
+          if (to) store_tile<Streamed>(to, window, tile, grad_t);
           grad_t = {};
         }
       });
@@ -218,11 +219,9 @@ multi_teacher_kl_backward_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLBackwa
   for (int k = 0; k < args.teachers; ++k) {
     const Pair<R> pair(args, k, n);
     R by_temperature = 0;
-    for_each_tile<Streamed>(classes, [&](int tile) {
-      const auto s =
-          load_tile<Streamed>(row_of<T>(args.student[k], n), classes, tile, group.lane, packed);
-      const auto t =
-          load_tile<Streamed>(row_of<T>(args.teacher[k], n), classes, tile, group.lane, packed);
+    for_each_tile<Streamed>(window, [&](int tile) {
+      const auto s = load_tile<Streamed>(row_of<T>(args.student[k], n), window, tile);
+      const auto t = load_tile<Streamed>(row_of<T>(args.teacher[k], n), window, tile);
       R ignored[2] = {0, 0};
       BMTARD_UNROLL
       for (int i = 0; i < Streamed::kWidth; ++i) {
@@ -235,44 +234,46 @@ multi_teacher_kl_backward_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLBackwa
 }
 
 template <typename Args>
-bool rows_packable(const Args& args) {
-  bool packed = true;
+Alignment alignment_of(const Args& args) {
+  Alignment alignment(args.dtype);
   for (int32_t k = 0; k < args.teachers; ++k) {
-    packed =
-        packed && packable(args.dtype, args.student[k]) && packable(args.dtype, args.teacher[k]);
+    alignment.add(args.student[k]);
+    alignment.add(args.teacher[k]);
   }
-  return packed;
+  return alignment;
 }
 
 }  // namespace
 
 int multi_teacher_kl(const MultiTeacherKLArgs& args, void* stream) {
   if (args.rows == 0) return 0;
-  bool packed = rows_packable(args);
+  Alignment alignment = alignment_of(args);
   for (int32_t k = 0; args.coefficient && k < args.teachers; ++k) {
-    packed = packed && packable(args.dtype, args.grad_student[k], args.classes);
+    alignment.add(args.grad_student[k], args.classes);
   }
   return with_shape<kThreads>(args.dtype, args.classes, [&](auto shape) {
     using Shape = decltype(shape);
     const int64_t blocks = ceil_divide(args.rows, Shape::kRows);
+    const Packing packing = alignment.packing<Shape>(args.classes);
+    const int64_t span = args.classes + packing.slack;
     const int64_t all = blocks * args.teachers;
     const bool twice = args.eps > 0 || args.coefficient;
     const int kept = twice ? 2 : 0;
-    return launch_rows<Shape>(all, args.classes, kept, [&](const simt::Grid& grid, bool cached) {
-      return simt::launch(multi_teacher_kl_kernel<Shape>, grid, stream, args, packed, cached,
+    return launch_rows<Shape>(all, span, kept, [&](const simt::Grid& grid, bool cached) {
+      return simt::launch(multi_teacher_kl_kernel<Shape>, grid, stream, args, packing, cached,
                           static_cast<int>(blocks));
     });
   });
 }
 
 int multi_teacher_kl_backward(const MultiTeacherKLBackwardArgs& args, void* stream) {
-  bool packed = rows_packable(args);
+  Alignment alignment = alignment_of(args);
   bool wanted = args.grad_temperature != nullptr;
   for (int32_t k = 0; k < args.teachers; ++k) {
     for (const void* gradient : {args.grad_student[k], args.grad_teacher[k]}) {
       if (!gradient) continue;
       wanted = true;
-      packed = packed && packable(args.dtype, gradient, args.classes);
+      alignment.add(gradient, args.classes);
     }
   }
   if (args.rows == 0 || !wanted) return 0;
@@ -280,9 +281,11 @@ int multi_teacher_kl_backward(const MultiTeacherKLBackwardArgs& args, void* stre
   return with_shape<kThreads, false>(args.dtype, args.classes, [&](auto shape) {
     using Shape = decltype(shape);
     const int64_t blocks = ceil_divide(args.rows, Shape::kRows);
+    const Packing packing = alignment.packing<Shape>(args.classes);
+    const int64_t span = args.classes + packing.slack;
     const int64_t all = blocks * (together ? 1 : args.teachers);
-    return launch_rows<Shape>(all, args.classes, 0, [&](const simt::Grid& grid, bool) {
-      return simt::launch(multi_teacher_kl_backward_kernel<Shape>, grid, stream, args, packed,
+    return launch_rows<Shape>(all, span, 0, [&](const simt::Grid& grid, bool) {
+      return simt::launch(multi_teacher_kl_backward_kernel<Shape>, grid, stream, args, packing,
                           together, static_cast<int>(blocks));
     });
   });

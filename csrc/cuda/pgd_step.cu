@@ -15,28 +15,27 @@ using LinfShape = Shape<T, kLinfThreads, kLinfThreads, 2 * 16 / sizeof(T)>;
 
 template <typename Shape>
 BMTARD_KERNEL(Shape::kThreads)
-pgd_linf_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, bool packed) {
+pgd_linf_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, Packing packing) {
   using T = typename Shape::Type;
   using R = Real<T>;
-  const int64_t first = static_cast<int64_t>(simt::block_id()) * Shape::kMaxClasses;
-  const int64_t left = args.samples * args.sample_size - first;
-  const int size = left < Shape::kMaxClasses ? static_cast<int>(left) : Shape::kMaxClasses;
-  const int lane = simt::thread_id();
-  T* out = static_cast<T*>(args.x_adv) + first;
-  const Row<Shape> x_adv(out, size, lane, packed);
-  const Row<Shape> grad(static_cast<const T*>(args.grad) + first, size, lane, packed);
-  const Row<Shape> x(static_cast<const T*>(args.x) + first, size, lane, packed);
+  const Chunk chunk =
+      chunk_of<Shape>(args.x_adv, args.samples * args.sample_size, simt::block_id(), packing);
+  T* const out = static_cast<T*>(args.x_adv) + chunk.first;
+  const Window window = window_of<Shape>(out, chunk.size, simt::thread_id(), packing);
+  const T* const grad = static_cast<const T*>(args.grad) + chunk.first;
+  const T* const x = static_cast<const T*>(args.x) + chunk.first;
   const R step_size = static_cast<R>(args.step_size), epsilon = static_cast<R>(args.epsilon);
   const R low = static_cast<R>(args.low), high = static_cast<R>(args.high);
-  for_each_tile<Shape>(size, [&](int tile) {
-    Tile<Shape> values = x_adv.get(tile);
-    const Tile<Shape> gradient = grad.get(tile), origin = x.get(tile);
+  for_each_tile<Shape>(window, [&](int tile) {
+    Tile<Shape> values = load_tile<Shape>(out, window, tile);
+    const auto gradient = load_tile<Shape>(grad, window, tile);
+    const auto origin = load_tile<Shape>(x, window, tile);
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) {
       values.value[i] = pgd_linf(values.value[i], gradient.value[i], origin.value[i], step_size,
                                  epsilon, low, high);
     }
-    store_tile<Shape>(out, size, tile, lane, packed, values);
+    store_tile<Shape>(out, window, tile, values);
   });
 }
 
@@ -45,27 +44,28 @@ pgd_linf_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, bool packed) {
 // that of the gradient and their product.
 template <typename Shape>
 BMTARD_KERNEL(Shape::kThreads)
-pgd_l2_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, bool packed, bool cached) {
+pgd_l2_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, Packing packing, bool cached) {
   using T = typename Shape::Type;
   using R = Real<T>;
   Block<Shape::kThreads> block;
   Group<Shape> group(block);
   const int64_t first = group.block_id() * args.sample_size;
-  const int size = static_cast<int>(args.sample_size);
   T* out = static_cast<T*>(args.x_adv) + first;
+  const Window window =
+      window_of<Shape>(out, static_cast<int>(args.sample_size), group.lane, packing);
   const auto row = [&](const void* data, int place) {
-    return CachedRow<Shape>(static_cast<const T*>(data) + first, size, group.lane, packed,
-                            simt::dynamic_shared<T>(), place * cached_values<Shape>(size),
+    return CachedRow<Shape>(static_cast<const T*>(data) + first, window, group.lane,
+                            simt::dynamic_shared<T>(), place * cached_values<Shape>(window.span),
                             cached ? Cache::kFill : Cache::kNone);
   };
   const auto x_adv = row(args.x_adv, 0), grad = row(args.grad, 1), x = row(args.x, 2);
 
   R sums[3] = {0, 0, 0};  // squares of the gradient and of the perturbation, their product
-  for_each_tile<Shape>(size, [&](int tile) {
+  for_each_tile<Shape>(window, [&](int tile) {
     const Tile<Shape> values = x_adv.get(tile), gradient = grad.get(tile), origin = x.get(tile);
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) {
-      if (class_of<Shape>(tile, i, group.lane, packed) >= size) continue;
+      if (!in_row(window, class_of<Shape>(window, tile, i))) continue;
       const R perturbation = values.value[i] - origin.value[i];
       sums[0] += gradient.value[i] * gradient.value[i];
       sums[1] += perturbation * perturbation;
@@ -77,11 +77,11 @@ pgd_l2_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, bool packed, bool cac
   // The same over values that are too small or too large to be squared as they are: rare.
   const auto squared_norm = [&](auto value_of) {
     R sum[1] = {0};
-    for_each_tile<Shape>(size, [&](int tile) {
+    for_each_tile<Shape>(window, [&](int tile) {
       const Tile<Shape> values = x_adv.get(tile), gradient = grad.get(tile), origin = x.get(tile);
       BMTARD_UNROLL
       for (int i = 0; i < Shape::kWidth; ++i) {
-        if (class_of<Shape>(tile, i, group.lane, packed) >= size) continue;
+        if (!in_row(window, class_of<Shape>(window, tile, i))) continue;
         const R value = value_of(values.value[i], gradient.value[i], origin.value[i]);
         sum[0] += value * value;
       }
@@ -107,7 +107,7 @@ pgd_l2_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, bool packed, bool cac
   const R projection = l2_projection_scale(squared, distance_unit, static_cast<R>(args.epsilon));
 
   const R low = static_cast<R>(args.low), high = static_cast<R>(args.high);
-  for_each_tile<Shape>(size, [&](int tile) {
+  for_each_tile<Shape>(window, [&](int tile) {
     Tile<Shape> values = x_adv.get(tile);
     const Tile<Shape> gradient = grad.get(tile), origin = x.get(tile);
     BMTARD_UNROLL
@@ -115,7 +115,7 @@ pgd_l2_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, bool packed, bool cac
       const R by = distance_unit * moved(values.value[i], gradient.value[i], origin.value[i]);
       values.value[i] = clamped(origin.value[i] + projection * by, low, high);
     }
-    store_tile<Shape>(out, size, tile, group.lane, packed, values);
+    store_tile<Shape>(out, window, tile, values);
   });
   group.leave();
 }
@@ -124,26 +124,26 @@ pgd_l2_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, bool packed, bool cac
 
 int pgd_step(const PgdStepArgs& args, void* stream) {
   if (args.samples == 0 || args.sample_size == 0) return 0;
-  // Chunks are whole multiples of 16 bytes; samples may not be.
   const int64_t stride = args.l2 ? args.sample_size : 0;
-  const bool packed = packable(args.dtype, args.x_adv, stride) &&
-                      packable(args.dtype, args.grad, stride) &&
-                      packable(args.dtype, args.x, stride);
+  Alignment alignment(args.dtype);
+  alignment.add(args.x_adv, stride);
+  alignment.add(args.grad, stride);
+  alignment.add(args.x, stride);
   return with_type(args.dtype, [&](auto value) {
     using T = decltype(value);
     if (args.l2) {
       using Shape = LargeShape<T, kL2Threads, true>;
       if (args.sample_size > INT_MAX / 2) return +simt::kInvalidValue;
-      return launch_rows<Shape>(
-          args.samples, args.sample_size, 3, [&](const simt::Grid& grid, bool cached) {
-            return simt::launch(pgd_l2_kernel<Shape>, grid, stream, args, packed, cached);
-          });
+      const Packing packing = alignment.packing<Shape>(args.sample_size);
+      const int64_t span = args.sample_size + packing.slack;
+      return launch_rows<Shape>(args.samples, span, 3, [&](const simt::Grid& grid, bool cached) {
+        return simt::launch(pgd_l2_kernel<Shape>, grid, stream, args, packing, cached);
+      });
     }
     using Shape = LinfShape<T>;
-    return simt::launch(
-        pgd_linf_kernel<Shape>,
-        {ceil_divide(args.samples * args.sample_size, Shape::kMaxClasses), Shape::kThreads}, stream,
-        args, packed);
+    const Packing packing = alignment.packing<Shape>(0);
+    const int64_t blocks = chunks_of<Shape>(args.samples * args.sample_size, packing);
+    return simt::launch(pgd_linf_kernel<Shape>, {blocks, Shape::kThreads}, stream, args, packing);
   });
 }
 

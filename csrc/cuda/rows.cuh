@@ -2,10 +2,12 @@
 //
 // A group of kLanes threads (part of a warp, a warp, or the block) takes a row. The row is
 // cut into tiles of kLanes * kWidth classes, and a thread takes kWidth classes of each tile.
-// If every row is aligned ("packed"), these are neighbours and move in one 16-byte access;
-// else they are every kLanes-th. With kTiles > 0 the row has at most that many tiles and stays
-// in registers; with kTiles == 0 every pass reads it again. With kSplit the blocks of a cluster
-// share the tiles of a row; the cluster may be a single block.
+// "Packed", these are neighbours and move in one access, a pack; else they are every kLanes-th.
+// A pack begins at a multiple of its size, but a row may begin anywhere: its tiles begin at the
+// last such multiple. What a pack there would share with another row moves value by value, so no
+// thread touches what is not the row's. With kTiles > 0 the row has at most that many tiles and
+// stays in registers; with kTiles == 0 every pass reads it again. With kSplit the blocks of a
+// cluster share the tiles of a row; the cluster may be a single block.
 #pragma once
 
 #include <climits>
@@ -26,31 +28,38 @@ namespace cuda {
 template <typename T>
 using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-template <typename T, int lanes, int threads, int values, bool split = false>
+// The values of a 16-byte access.
+template <typename T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+// `values` of a row stay with a thread; 0: the row is streamed. tools/cuda_check.py reads the
+// width.
+template <typename T, int lanes, int threads, int values, int width = kVector<T>,
+          bool split = false>
 struct Shape {
   using Type = T;
   static constexpr bool kSplit = split;
   static constexpr int kLanes = lanes;
   static constexpr int kThreads = threads;  // of a block
   static constexpr int kRows = threads / lanes;
-  static constexpr int kVector = 16 / static_cast<int>(sizeof(T));
-  static constexpr int kWidth = values > 0 && values < kVector ? values : kVector;
+  static constexpr int kWidth = width;
   static constexpr int kTiles = values / kWidth;
   static constexpr int kSpan = lanes * kWidth;
   static constexpr int kMaxClasses = kTiles * kSpan;
 };
 
-// Rows of up to 32 classes: four to a warp.
+// Rows of up to 32 classes: four to a warp. Packs of two values, because every row of an even
+// number of classes begins at a multiple of two, and because ten classes then busy five lanes.
 template <typename T, int threads>
-using SmallShape = Shape<T, 8, threads, 4>;
+using SmallShape = Shape<T, 8, threads, 4, 2>;
 // Rows of up to 1024 classes (512 in double): one to a warp.
 template <typename T, int threads>
 using MediumShape = Shape<T, simt::kWarp, threads, 128 / sizeof(Real<T>)>;
 template <typename T, int threads, bool split>
-using LargeShape = Shape<T, threads, threads, 0, split>;
+using LargeShape = Shape<T, threads, threads, 0, kVector<T>, split>;
 // The same groups, with rows that are not kept.
 template <typename S>
-using StreamedShape = Shape<typename S::Type, S::kLanes, S::kThreads, 0, S::kSplit>;
+using StreamedShape = Shape<typename S::Type, S::kLanes, S::kThreads, 0, S::kWidth, S::kSplit>;
 
 template <typename Body>
 int with_type(DataType dtype, Body body) {
@@ -88,14 +97,53 @@ int with_shape(DataType dtype, int64_t classes, Body body) {
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether every row begins at a multiple of 16 bytes.
-inline bool packable(DataType dtype, const void* data, int64_t row_stride) {
-  const int64_t size = dtype == DataType::kFloat64 ? 8 : dtype == DataType::kFloat32 ? 4 : 2;
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride * size % 16 == 0;
-}
-inline bool packable(DataType dtype, const Matrix& matrix) {
-  return packable(dtype, matrix.data, matrix.row_stride);
-}
+// How the rows of a call move.
+struct Packing {
+  bool packed;
+  int slack;  // the most values by which a row begins behind a multiple of a pack
+};
+
+// Where the rows of the matrices of a call begin. They are packed if row n of each begins equally
+// far behind a multiple of a pack, for every n.
+class Alignment {
+ public:
+  explicit Alignment(DataType dtype)
+      : size_(dtype == DataType::kFloat64   ? 8
+              : dtype == DataType::kFloat32 ? 4
+                                            : 2) {}
+
+  // data null: there is no such matrix.
+  void add(const void* data, int64_t row_stride) {
+    if (!data) return;
+    const uint64_t begin = reinterpret_cast<uintptr_t>(data);
+    const uint64_t step = static_cast<uint64_t>(row_stride * size_);
+    if (empty_) {
+      begin_ = begin;
+      step_ = step;
+      empty_ = false;
+    }
+    differ_ |= (begin ^ begin_) | (step ^ step_);
+    uneven_ |= begin | step;
+  }
+  void add(const Matrix& matrix) { add(matrix.data, matrix.row_stride); }
+
+  // For rows of so many classes.
+  template <typename Shape>
+  Packing packing(int64_t classes) const {
+    constexpr uint64_t kBytes = sizeof(Pack<typename Shape::Type, Shape::kWidth>);
+    if (differ_ % kBytes != 0) return {false, 0};
+    if (uneven_ % kBytes == 0) return {true, 0};
+    constexpr int kSlack = Shape::kWidth - 1;
+    const bool fits = Shape::kTiles == 0 || classes + kSlack <= Shape::kMaxClasses;
+    return fits ? Packing{true, kSlack} : Packing{false, 0};
+  }
+
+ private:
+  int64_t size_;  // of a value
+  bool empty_ = true;
+  uint64_t begin_ = 0, step_ = 0;     // of the first matrix, in bytes
+  uint64_t differ_ = 0, uneven_ = 0;  // the bits that differ from it; those that are not 0
+};
 
 template <typename T>
 BMTARD_DEVICE const T* row_of(const Matrix& matrix, int64_t row) {
@@ -259,74 +307,106 @@ struct Tile {
   Real<typename Shape::Type> value[Shape::kWidth];
 };
 
+// The tiles of a row, as a thread sees them.
+struct Window {
+  int classes;
+  int span;   // of all tiles, whatever the row: classes and slack
+  int first;  // the class of the thread's first value in tile 0; negative: before the row
+  bool packed;
+};
+
+// The values between a pack's boundary and the one that follows it.
+template <typename Shape>
+BMTARD_DEVICE int head_of(const typename Shape::Type* data) {
+  using T = typename Shape::Type;
+  return static_cast<int>(reinterpret_cast<uintptr_t>(data) / sizeof(T)) & (Shape::kWidth - 1);
+}
+
+template <typename Shape>
+BMTARD_DEVICE Window window_of(const typename Shape::Type* row, int classes, int lane,
+                               Packing packing) {
+  const int first = packing.packed ? lane * Shape::kWidth - head_of<Shape>(row) : lane;
+  return {classes, classes + packing.slack, first, packing.packed};
+}
+
 // The tiles of a row that is not in registers, and those of one of `blocks` blocks.
 template <typename Shape>
-BMTARD_DEVICE int tiles_of(int classes, int blocks = 1) {
-  return ((classes + Shape::kSpan - 1) / Shape::kSpan + blocks - 1) / blocks;
+BMTARD_DEVICE int tiles_of(int span, int blocks = 1) {
+  return ((span + Shape::kSpan - 1) / Shape::kSpan + blocks - 1) / blocks;
 }
 
 // The first tile of this block.
 template <typename Shape>
-BMTARD_DEVICE int first_tile(int classes) {
+BMTARD_DEVICE int first_tile(int span) {
   if constexpr (Shape::kSplit) {
-    return simt::cluster_rank() * tiles_of<Shape>(classes, simt::cluster_blocks());
+    return simt::cluster_rank() * tiles_of<Shape>(span, simt::cluster_blocks());
   }
   return 0;
 }
 
 template <typename Shape, typename Visit>
-BMTARD_DEVICE void for_each_tile(int classes, Visit visit) {
+BMTARD_DEVICE void for_each_tile(const Window& window, Visit visit) {
   if constexpr (Shape::kTiles > 0) {
     BMTARD_UNROLL
     for (int tile = 0; tile < Shape::kTiles; ++tile) {
-      if (tile * Shape::kSpan < classes) visit(tile);
+      if (tile * Shape::kSpan < window.span) visit(tile);
     }
   } else {
-    const int all = tiles_of<Shape>(classes);
+    const int all = tiles_of<Shape>(window.span);
     int first = 0, end = all;
     if constexpr (Shape::kSplit) {
-      first = first_tile<Shape>(classes);
-      end = first + tiles_of<Shape>(classes, simt::cluster_blocks());
+      first = first_tile<Shape>(window.span);
+      end = first + tiles_of<Shape>(window.span, simt::cluster_blocks());
       end = end < all ? end : all;
     }
     for (int tile = first; tile < end; ++tile) visit(tile);
   }
 }
 
-// The class of a thread's i-th value in a tile.
+// The class of a thread's i-th value in a tile. It may lie before the row, or behind it.
 template <typename Shape>
-BMTARD_DEVICE int class_of(int tile, int i, int lane, bool packed) {
-  return tile * Shape::kSpan + (packed ? lane * Shape::kWidth + i : i * Shape::kLanes + lane);
+BMTARD_DEVICE int class_of(const Window& window, int tile, int i) {
+  return tile * Shape::kSpan + window.first + (window.packed ? i : i * Shape::kLanes);
 }
 
-// Past the end of the row: -inf, a class without weight.
+BMTARD_DEVICE bool in_row(const Window& window, int j) {
+  return static_cast<unsigned>(j) < static_cast<unsigned>(window.classes);
+}
+
+// Whether all of a thread's values in a tile are the row's, and lie in a pack.
 template <typename Shape>
-BMTARD_DEVICE Tile<Shape> load_tile(const typename Shape::Type* row, int classes, int tile,
-                                    int lane, bool packed) {
+BMTARD_DEVICE bool is_pack(const Window& window, int first) {
+  return window.packed && first >= 0 && first + Shape::kWidth <= window.classes;
+}
+
+// Outside the row: -inf, a class without weight.
+template <typename Shape>
+BMTARD_DEVICE Tile<Shape> load_tile(const typename Shape::Type* row, const Window& window,
+                                    int tile) {
   using R = Real<typename Shape::Type>;
   Tile<Shape> out;
-  const int first = class_of<Shape>(tile, 0, lane, packed);
-  if (packed && first + Shape::kWidth <= classes) {
+  const int first = class_of<Shape>(window, tile, 0);
+  if (is_pack<Shape>(window, first)) {
     const auto pack = simt::load_pack<Shape::kWidth>(row + first);
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) out.value[i] = simt::widen(pack.value[i]);
   } else {
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) {
-      const int j = class_of<Shape>(tile, i, lane, packed);
-      out.value[i] =
-          j < classes ? simt::widen(simt::load(row + j)) : -std::numeric_limits<R>::infinity();
+      const int j = class_of<Shape>(window, tile, i);
+      out.value[i] = in_row(window, j) ? simt::widen(simt::load(row + j))
+                                       : -std::numeric_limits<R>::infinity();
     }
   }
   return out;
 }
 
 template <typename Shape>
-BMTARD_DEVICE void store_tile(typename Shape::Type* row, int classes, int tile, int lane,
-                              bool packed, const Tile<Shape>& in) {
+BMTARD_DEVICE void store_tile(typename Shape::Type* row, const Window& window, int tile,
+                              const Tile<Shape>& in) {
   using T = typename Shape::Type;
-  const int first = class_of<Shape>(tile, 0, lane, packed);
-  if (packed && first + Shape::kWidth <= classes) {
+  const int first = class_of<Shape>(window, tile, 0);
+  if (is_pack<Shape>(window, first)) {
     Pack<T, Shape::kWidth> pack;
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) pack.value[i] = simt::narrow<T>(in.value[i]);
@@ -334,10 +414,32 @@ BMTARD_DEVICE void store_tile(typename Shape::Type* row, int classes, int tile, 
   } else {
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) {
-      const int j = class_of<Shape>(tile, i, lane, packed);
-      if (j < classes) simt::store(row + j, simt::narrow<T>(in.value[i]));
+      const int j = class_of<Shape>(window, tile, i);
+      if (in_row(window, j)) simt::store(row + j, simt::narrow<T>(in.value[i]));
     }
   }
+}
+
+// The part of a flat buffer that block `number` takes. A part begins at a pack's boundary, except
+// the first.
+struct Chunk {
+  int64_t first;
+  int size;
+};
+
+template <typename Shape>
+BMTARD_DEVICE Chunk chunk_of(const void* data, int64_t size, int64_t number, Packing packing) {
+  const int head =
+      packing.packed ? head_of<Shape>(static_cast<const typename Shape::Type*>(data)) : 0;
+  const int64_t begin = number * Shape::kMaxClasses - head;
+  const int64_t first = begin < 0 ? 0 : begin;
+  const int64_t end = begin + Shape::kMaxClasses < size ? begin + Shape::kMaxClasses : size;
+  return {first, end < first ? 0 : static_cast<int>(end - first)};
+}
+
+template <typename Shape>
+int64_t chunks_of(int64_t size, Packing packing) {
+  return ceil_divide(size + packing.slack, Shape::kMaxClasses);
 }
 
 // A row to read: in registers, or streamed from global memory at every pass.
@@ -347,10 +449,10 @@ class Row;
 template <typename Shape>
 class Row<Shape, true> {
  public:
-  BMTARD_DEVICE Row(const typename Shape::Type* row, int classes, int lane, bool packed) {
+  BMTARD_DEVICE Row(const typename Shape::Type* row, const Window& window) {
     BMTARD_UNROLL
     for (int tile = 0; tile < Shape::kTiles; ++tile) {
-      tiles_[tile] = load_tile<Shape>(row, classes, tile, lane, packed);
+      tiles_[tile] = load_tile<Shape>(row, window, tile);
     }
   }
   BMTARD_DEVICE Tile<Shape> get(int tile) const { return tiles_[tile]; }
@@ -362,16 +464,13 @@ class Row<Shape, true> {
 template <typename Shape>
 class Row<Shape, false> {
  public:
-  BMTARD_DEVICE Row(const typename Shape::Type* row, int classes, int lane, bool packed)
-      : row_(row), classes_(classes), lane_(lane), packed_(packed) {}
-  BMTARD_DEVICE Tile<Shape> get(int tile) const {
-    return load_tile<Shape>(row_, classes_, tile, lane_, packed_);
-  }
+  BMTARD_DEVICE Row(const typename Shape::Type* row, const Window& window)
+      : row_(row), window_(window) {}
+  BMTARD_DEVICE Tile<Shape> get(int tile) const { return load_tile<Shape>(row_, window_, tile); }
 
  private:
   const typename Shape::Type* row_;
-  int classes_, lane_;
-  bool packed_;
+  Window window_;
 };
 
 // What a CachedRow does: read global memory; copy the row to shared memory; use that copy.
@@ -384,18 +483,16 @@ class CachedRow {
  public:
   using T = typename Shape::Type;
 
-  BMTARD_DEVICE CachedRow(const T* row, int classes, int lane, bool packed, simt::Shared<T> memory,
+  BMTARD_DEVICE CachedRow(const T* row, const Window& window, int lane, simt::Shared<T> memory,
                           int offset, Cache cache)
       : row_(row),
-        classes_(classes),
-        lane_(lane),
-        packed_(packed),
+        window_(window),
         cached_(cache != Cache::kNone),
-        offset_(offset + lane * Shape::kWidth - first_tile<Shape>(classes) * Shape::kSpan),
+        offset_(offset + lane * Shape::kWidth - first_tile<Shape>(window.span) * Shape::kSpan),
         memory_(memory) {
     if (cache != Cache::kFill) return;
-    for_each_tile<Shape>(classes, [&](int tile) {
-      const Tile<Shape> values = load_tile<Shape>(row_, classes_, tile, lane_, packed_);
+    for_each_tile<Shape>(window, [&](int tile) {
+      const Tile<Shape> values = load_tile<Shape>(row_, window_, tile);
       Pack<T, Shape::kWidth> pack;
       BMTARD_UNROLL
       for (int i = 0; i < Shape::kWidth; ++i) pack.value[i] = simt::narrow<T>(values.value[i]);
@@ -403,7 +500,7 @@ class CachedRow {
     });
   }
   BMTARD_DEVICE Tile<Shape> get(int tile) const {
-    if (!cached_) return load_tile<Shape>(row_, classes_, tile, lane_, packed_);
+    if (!cached_) return load_tile<Shape>(row_, window_, tile);
     const auto pack = memory_.template get_pack<Shape::kWidth>(offset_ + tile * Shape::kSpan);
     Tile<Shape> out;
     BMTARD_UNROLL
@@ -413,24 +510,24 @@ class CachedRow {
 
  private:
   const T* row_;
-  int classes_, lane_;
-  bool packed_, cached_;
+  Window window_;
+  bool cached_;
   int offset_;
   simt::Shared<T> memory_;
 };
 
 // The number of values of a row that a block keeps in shared memory.
 template <typename Shape>
-BMTARD_DEVICE int cached_values(int classes) {
-  return tiles_of<Shape>(classes, Shape::kSplit ? simt::cluster_blocks() : 1) * Shape::kSpan;
+BMTARD_DEVICE int cached_values(int span) {
+  return tiles_of<Shape>(span, Shape::kSplit ? simt::cluster_blocks() : 1) * Shape::kSpan;
 }
 
 // Bytes of shared memory for `rows` rows of a block, of which `blocks` share each; 0 where a
 // row is in registers.
 template <typename Shape>
-size_t cache_bytes(int64_t classes, int64_t rows, int blocks = 1) {
+size_t cache_bytes(int64_t span, int64_t rows, int blocks = 1) {
   if (Shape::kTiles > 0) return 0;
-  const int64_t tiles = ceil_divide(ceil_divide(classes, Shape::kSpan), blocks);
+  const int64_t tiles = ceil_divide(ceil_divide(span, Shape::kSpan), blocks);
   return static_cast<size_t>(rows * tiles * Shape::kSpan) * sizeof(typename Shape::Type);
 }
 
@@ -452,49 +549,50 @@ struct RowPlan {
   size_t cache = 0;  // bytes of shared memory a block, for rows that are read again
 };
 
-// For `groups` groups. Each keeps `kept` rows in shared memory if they fit.
+// For `groups` groups, each with a row of `span` values, see Window. Each keeps `kept` rows in
+// shared memory if they fit.
 template <typename Shape>
-RowPlan plan_rows(int64_t groups, int64_t classes, int kept, int largest_split) {
+RowPlan plan_rows(int64_t groups, int64_t span, int kept, int largest_split) {
   // More would leave a multiprocessor idle.
   const size_t worthwhile = static_cast<size_t>(tuned("cached_bytes", 96 * 1024));
   const int64_t fewest_tiles = tuned("split_tiles", 2);  // of a block
   RowPlan plan;
   const auto cached = [&](int split) {
-    const size_t bytes = cache_bytes<Shape>(classes, kept, split);
+    const size_t bytes = cache_bytes<Shape>(span, kept, split);
     return bytes <= worthwhile && fits_in_shared(bytes);
   };
   if constexpr (Shape::kSplit) {
     const int64_t idle = simt::device().multiprocessors;
     while (2 * plan.split <= largest_split &&
-           ceil_divide(classes, Shape::kSpan) >= 2 * plan.split * fewest_tiles &&
+           ceil_divide(span, Shape::kSpan) >= 2 * plan.split * fewest_tiles &&
            (groups * plan.split < idle || !cached(plan.split))) {
       plan.split *= 2;
     }
   }
-  if (cached(plan.split)) plan.cache = cache_bytes<Shape>(classes, kept, plan.split);
+  if (cached(plan.split)) plan.cache = cache_bytes<Shape>(span, kept, plan.split);
   return plan;
 }
 
 // Calls start(grid, cached), which launches a group a row. A device that refuses the clusters, as a
 // part of a device may, gets blocks by themselves.
 template <typename Shape, typename Start>
-int launch_rows(int64_t groups, int64_t classes, int kept, Start start) {
+int launch_rows(int64_t groups, int64_t span, int kept, Start start) {
   const auto attempt = [&](const RowPlan& plan) {
     return start(simt::Grid{groups * plan.split, Shape::kThreads, plan.cache, plan.split},
                  plan.cache > 0);
   };
-  const RowPlan plan = plan_rows<Shape>(groups, classes, kept, largest_cluster());
+  const RowPlan plan = plan_rows<Shape>(groups, span, kept, largest_cluster());
   const int error = attempt(plan);
   if (error == 0 || plan.split == 1) return error;
-  return attempt(plan_rows<Shape>(groups, classes, kept, 1));
+  return attempt(plan_rows<Shape>(groups, span, kept, 1));
 }
 
 template <typename Shape, typename RowType>
-BMTARD_DEVICE Real<typename Shape::Type> row_max(const RowType& row, int classes,
+BMTARD_DEVICE Real<typename Shape::Type> row_max(const RowType& row, const Window& window,
                                                  Group<Shape>& group) {
   using R = Real<typename Shape::Type>;
   R max = -std::numeric_limits<R>::infinity();
-  for_each_tile<Shape>(classes, [&](int tile) {
+  for_each_tile<Shape>(window, [&](int tile) {
     const Tile<Shape> values = row.get(tile);
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) max = Max{}(max, values.value[i]);
@@ -524,10 +622,10 @@ struct Ignore {
 // The sums of u = (z - max) / temperature over a row whose maximum is known. Here and below,
 // each thread passes its values to `observe`.
 template <typename Sums, typename Shape, typename RowType, typename R, typename Observe = Ignore>
-BMTARD_DEVICE Sums sums_below(const RowType& row, int classes, R max, R inverse_temperature,
-                              Group<Shape>& group, Observe observe = {}) {
+BMTARD_DEVICE Sums sums_below(const RowType& row, const Window& window, R max,
+                              R inverse_temperature, Group<Shape>& group, Observe observe = {}) {
   Sums sums{};
-  for_each_tile<Shape>(classes, [&](int tile) {
+  for_each_tile<Shape>(window, [&](int tile) {
     const Tile<Shape> values = row.get(tile);
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) {
@@ -542,12 +640,12 @@ BMTARD_DEVICE Sums sums_below(const RowType& row, int classes, R max, R inverse_
 // The same sums and the maximum, in one pass over a row that is not in registers: each thread
 // keeps its sums relative to the largest value so far.
 template <typename Sums, typename Shape, typename RowType, typename R, typename Observe = Ignore>
-BMTARD_DEVICE Sums online_sums(const RowType& row, int classes, R inverse_temperature,
+BMTARD_DEVICE Sums online_sums(const RowType& row, const Window& window, R inverse_temperature,
                                Group<Shape>& group, R& max, Observe observe = {}) {
   constexpr R kNothing = -std::numeric_limits<R>::infinity();
   Sums sums{};
   R seen = kNothing;
-  for_each_tile<Shape>(classes, [&](int tile) {
+  for_each_tile<Shape>(window, [&](int tile) {
     const Tile<Shape> values = row.get(tile);
     R top = seen;
     BMTARD_UNROLL
@@ -571,13 +669,13 @@ BMTARD_DEVICE Sums online_sums(const RowType& row, int classes, R inverse_temper
 }
 
 template <typename Sums, typename Shape, typename RowType, typename R, typename Observe = Ignore>
-BMTARD_DEVICE Sums softmax_sums(const RowType& row, int classes, R inverse_temperature,
+BMTARD_DEVICE Sums softmax_sums(const RowType& row, const Window& window, R inverse_temperature,
                                 Group<Shape>& group, R& max, Observe observe = {}) {
   if constexpr (Shape::kTiles > 0) {
-    max = row_max<Shape>(row, classes, group);
-    return sums_below<Sums, Shape>(row, classes, max, inverse_temperature, group, observe);
+    max = row_max<Shape>(row, window, group);
+    return sums_below<Sums, Shape>(row, window, max, inverse_temperature, group, observe);
   } else {
-    return online_sums<Sums, Shape>(row, classes, inverse_temperature, group, max, observe);
+    return online_sums<Sums, Shape>(row, window, inverse_temperature, group, max, observe);
   }
 }
 
@@ -611,10 +709,10 @@ BMTARD_DEVICE void sum_over(Group<Shape>& group, RangeSums<R>& sums) {
 
 // See core/temperature_search.h.
 template <typename Shape, typename RowType, typename R>
-BMTARD_DEVICE LogitRange<R> logit_range(const RowType& row, int classes, Group<Shape>& group,
-                                        R& max) {
+BMTARD_DEVICE LogitRange<R> logit_range(const RowType& row, const Window& window,
+                                        Group<Shape>& group, R& max) {
   using std::log;
-  const auto sums = softmax_sums<RangeSums<R>, Shape>(row, classes, R(1), group, max);
+  const auto sums = softmax_sums<RangeSums<R>, Shape>(row, window, R(1), group, max);
   const R mean = sums.first / sums.count;
   return {log(sums.count), sums.second / sums.count - mean * mean};
 }

@@ -202,6 +202,10 @@ BMTARD_DEVICE void store_pack(T* to, const Pack<T, n>& pack) {
     memcpy(&bits, &pack, sizeof(bits));
     asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(bits.x), "r"(bits.y)
                  : "memory");
+  } else if constexpr (sizeof(pack) == 4) {
+    uint32_t bits;
+    memcpy(&bits, &pack, sizeof(bits));
+    asm volatile("st.global.b32 [%0], %1;" ::"l"(address), "r"(bits) : "memory");
   } else {
     *reinterpret_cast<Pack<T, n>*>(to) = pack;
   }

@@ -17,7 +17,7 @@ BMTARD_DEVICE R temperature_of(const Args& args, int64_t row) {
 // One group a row; the row is read once.
 template <typename Shape>
 BMTARD_KERNEL(Shape::kThreads)
-softmax_entropy_kernel(const BMTARD_GRID_CONSTANT SoftmaxEntropyArgs args, bool packed) {
+softmax_entropy_kernel(const BMTARD_GRID_CONSTANT SoftmaxEntropyArgs args, Packing packing) {
   using T = typename Shape::Type;
   using R = Real<T>;
   using std::log;
@@ -25,11 +25,12 @@ softmax_entropy_kernel(const BMTARD_GRID_CONSTANT SoftmaxEntropyArgs args, bool 
   Group<Shape> group(block);
   const int64_t row = group.number(group.block_id());
   if (row >= args.rows) return;
-  const int classes = static_cast<int>(args.classes);
+  const T* const data = row_of<T>(args.logits, row);
+  const Window window = window_of<Shape>(data, static_cast<int>(args.classes), group.lane, packing);
   const R inverse = inverse_temperature(temperature_of<R>(args, row));
-  const Row<Shape> logits(row_of<T>(args.logits, row), classes, group.lane, packed);
+  const Row<Shape> logits(data, window);
   R max;
-  const auto sums = softmax_sums<EntropySums<R>, Shape>(logits, classes, inverse, group, max);
+  const auto sums = softmax_sums<EntropySums<R>, Shape>(logits, window, inverse, group, max);
   if (group.leads()) {
     put<R>(args.entropy, row, entropy_of(sums));
     if (args.statistics) {
@@ -44,24 +45,25 @@ softmax_entropy_kernel(const BMTARD_GRID_CONSTANT SoftmaxEntropyArgs args, bool 
 template <typename Shape>
 BMTARD_KERNEL(Shape::kThreads)
 softmax_entropy_backward_kernel(const BMTARD_GRID_CONSTANT SoftmaxEntropyBackwardArgs args,
-                                bool packed) {
+                                Packing packing) {
   using T = typename Shape::Type;
   using R = Real<T>;
   Block<Shape::kThreads> block;
   Group<Shape> group(block);
   const int64_t row = group.number(group.block_id());
   if (row >= args.rows) return;
-  const int classes = static_cast<int>(args.classes);
+  const T* const data = row_of<T>(args.logits, row);
+  const Window window = window_of<Shape>(data, static_cast<int>(args.classes), group.lane, packing);
   const R inverse = inverse_temperature(temperature_of<R>(args, row));
   const R entropy = at<R>(args.entropy, row);
   const R max = at<R>(args.statistics, row);
   const R log_sum = at<R>(args.statistics, args.rows + row);
   const R grad = at<R>(args.grad_entropy, row * args.grad_entropy_stride);
-  const Row<Shape> logits(row_of<T>(args.logits, row), classes, group.lane, packed);
+  const Row<Shape> logits(data, window);
   T* grad_logits =
       args.grad_logits ? static_cast<T*>(args.grad_logits) + row * args.classes : nullptr;
   R variance[1] = {0};
-  for_each_tile<Shape>(classes, [&](int tile) {
+  for_each_tile<Shape>(window, [&](int tile) {
     const Tile<Shape> values = logits.get(tile);
     Tile<Shape> gradient;
     BMTARD_UNROLL
@@ -70,7 +72,7 @@ softmax_entropy_backward_kernel(const BMTARD_GRID_CONSTANT SoftmaxEntropyBackwar
       gradient.value[i] = grad * entropy_gradient(log_p, entropy, inverse);
       variance[0] += variance_term(log_p, entropy);
     }
-    if (grad_logits) store_tile<Shape>(grad_logits, classes, tile, group.lane, packed, gradient);
+    if (grad_logits) store_tile<Shape>(grad_logits, window, tile, gradient);
   });
   if (args.grad_temperature) {
     group.sum(variance);
@@ -83,25 +85,31 @@ softmax_entropy_backward_kernel(const BMTARD_GRID_CONSTANT SoftmaxEntropyBackwar
 
 int softmax_entropy(const SoftmaxEntropyArgs& args, void* stream) {
   if (args.rows == 0) return 0;
+  Alignment alignment(args.dtype);
+  alignment.add(args.logits);
   return with_shape<kThreads>(args.dtype, args.classes, [&](auto shape) {
     using Shape = decltype(shape);
     const int64_t blocks = ceil_divide(args.rows, Shape::kRows);
-    return launch_rows<Shape>(blocks, args.classes, 0, [&](const simt::Grid& grid, bool) {
-      return simt::launch(softmax_entropy_kernel<Shape>, grid, stream, args,
-                          packable(args.dtype, args.logits));
+    const Packing packing = alignment.packing<Shape>(args.classes);
+    const int64_t span = args.classes + packing.slack;
+    return launch_rows<Shape>(blocks, span, 0, [&](const simt::Grid& grid, bool) {
+      return simt::launch(softmax_entropy_kernel<Shape>, grid, stream, args, packing);
     });
   });
 }
 
 int softmax_entropy_backward(const SoftmaxEntropyBackwardArgs& args, void* stream) {
   if (args.rows == 0 || (!args.grad_logits && !args.grad_temperature)) return 0;
-  const bool packed = packable(args.dtype, args.logits) &&
-                      (!args.grad_logits || packable(args.dtype, args.grad_logits, args.classes));
+  Alignment alignment(args.dtype);
+  alignment.add(args.logits);
+  alignment.add(args.grad_logits, args.classes);
   return with_shape<kThreads>(args.dtype, args.classes, [&](auto shape) {
     using Shape = decltype(shape);
     const int64_t blocks = ceil_divide(args.rows, Shape::kRows);
-    return launch_rows<Shape>(blocks, args.classes, 0, [&](const simt::Grid& grid, bool) {
-      return simt::launch(softmax_entropy_backward_kernel<Shape>, grid, stream, args, packed);
+    const Packing packing = alignment.packing<Shape>(args.classes);
+    const int64_t span = args.classes + packing.slack;
+    return launch_rows<Shape>(blocks, span, 0, [&](const simt::Grid& grid, bool) {
+      return simt::launch(softmax_entropy_backward_kernel<Shape>, grid, stream, args, packing);
     });
   });
 }

@@ -333,6 +333,8 @@ PYBIND11_MODULE(bmtard_simt, m) {
         out["barriers"] = now.barriers;
         out["shared_accesses"] = now.shared_accesses;
         out["remote_accesses"] = now.remote_accesses;
+        out["packed_bytes"] = now.packed_bytes;
+        out["single_bytes"] = now.single_bytes;
         out["device_questions"] = now.device_questions;
         out["kernel_questions"] = now.kernel_questions;
         return out;

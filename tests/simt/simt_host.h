@@ -60,6 +60,8 @@ struct Counters {
   int64_t barriers = 0;
   int64_t shared_accesses = 0;
   int64_t remote_accesses = 0;  // to the shared memory of another block
+  int64_t packed_bytes = 0;     // of global memory, in accesses of several values
+  int64_t single_bytes = 0;     // in accesses of one
   int64_t device_questions = 0, kernel_questions = 0;
 };
 
@@ -192,6 +194,7 @@ inline bool any(uint32_t mask, bool predicate, const char* file = __builtin_FILE
 template <typename T>
 T load(const T* from) {
   host::check_alignment(from, alignof(T));
+  host::counters.single_bytes += sizeof(T);
   host::global_access(from, sizeof(T), false);
   return *from;
 }
@@ -199,6 +202,7 @@ T load(const T* from) {
 template <typename T>
 void store(T* to, T value) {
   host::check_alignment(to, alignof(T));
+  host::counters.single_bytes += sizeof(T);
   host::global_access(to, sizeof(T), true);
   *to = value;
 }
@@ -206,6 +210,7 @@ void store(T* to, T value) {
 template <int n, typename T>
 Pack<T, n> load_pack(const T* from) {
   host::check_alignment(from, sizeof(Pack<T, n>));
+  host::counters.packed_bytes += sizeof(Pack<T, n>);
   host::global_access(from, sizeof(Pack<T, n>), false);
   return *reinterpret_cast<const Pack<T, n>*>(from);
 }
@@ -213,6 +218,7 @@ Pack<T, n> load_pack(const T* from) {
 template <int n, typename T>
 void store_pack(T* to, const Pack<T, n>& pack) {
   host::check_alignment(to, sizeof(Pack<T, n>));
+  host::counters.packed_bytes += sizeof(Pack<T, n>);
   host::global_access(to, sizeof(Pack<T, n>), true);
   *reinterpret_cast<Pack<T, n>*>(to) = pack;
 }

@@ -36,17 +36,46 @@ TESTS = [
         for mode in ("sign", "bisect")
     ),
     "test_pgd_step.py",
+    *(
+        f"test_packs.py::{name}[{parameters}]"
+        for dtype in ("float64", "float32", "bfloat16")
+        for name, parameters in (
+            ("test_softmax_entropy", f"0-100-{dtype}"),
+            ("test_softmax_entropy", f"1-21841-{dtype}"),
+            ("test_multi_teacher_kl", f"100-{dtype}"),
+            ("test_bisect_temperature", f"True-21841-{dtype}"),
+            ("test_bmtard_loss", f"False-21841-{dtype}"),
+            ("test_scale", f"3-100-{dtype}"),
+        )
+    ),
 ]
 
 DISCARDED = Mutant(
     "load-tail-and-discard",
     "cuda/rows.cuh",
-    "      out.value[i] =\n"
-    "          j < classes ? simt::widen(simt::load(row + j)) : "
-    "-std::numeric_limits<R>::infinity();",
+    "      out.value[i] = in_row(window, j) ? simt::widen(simt::load(row + j))\n"
+    "                                       : -std::numeric_limits<R>::infinity();",
     "      const R z = simt::widen(simt::load(row + j));\n"
-    "      out.value[i] = j < classes ? z : -std::numeric_limits<R>::infinity();",
+    "      out.value[i] = in_row(window, j) ? z : -std::numeric_limits<R>::infinity();",
     "test_softmax_entropy.py::test_forward_and_backward[10-float32]",
+    "heap-buffer-overflow|use-after-poison",
+    unit="cuda/softmax_entropy.cu",
+)
+# The pack at the start of a row, of which its first values are another row's.
+WHOLE_PACK = Mutant(
+    "load-head-as-a-pack",
+    "cuda/rows.cuh",
+    "  } else {\n    BMTARD_UNROLL\n    for (int i = 0; i < Shape::kWidth; ++i) {\n"
+    "      const int j = class_of<Shape>(window, tile, i);\n"
+    "      out.value[i] = ",
+    "  } else {\n    Pack<typename Shape::Type, Shape::kWidth> pack{};\n"
+    "    if (window.packed && first < window.classes)\n"
+    "      pack = simt::load_pack<Shape::kWidth>(row + first);\n"
+    "    if (tile < 0) out.value[0] = simt::widen(pack.value[0]);\n"
+    "    BMTARD_UNROLL\n    for (int i = 0; i < Shape::kWidth; ++i) {\n"
+    "      const int j = class_of<Shape>(window, tile, i);\n"
+    "      out.value[i] = ",
+    "test_softmax_entropy.py::test_forward_and_backward[127-bfloat16]",
     "heap-buffer-overflow|use-after-poison",
     unit="cuda/softmax_entropy.cu",
 )
@@ -88,7 +117,9 @@ def test_probe_is_seen(probe, report, environment):
     assert probe in output  # where
 
 
-@pytest.mark.parametrize("mutant", [DISCARDED, TOO_EARLY], ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize(
+    "mutant", [DISCARDED, WHOLE_PACK, TOO_EARLY], ids=lambda mutant: mutant.name
+)
 def test_mutant_is_seen(mutant, environment):
     """Reads out of bounds that change no result, so that nothing else could see them."""
     module = mutation.build(mutant.source, mutant.name, mutant)

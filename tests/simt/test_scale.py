@@ -32,7 +32,9 @@ def test_one_buffer_is_not_aligned(odd, dtype):
     buffers = [out.new((5000,), dtype, shift=int(i == odd)) for i in range(2)]
     for buffer in buffers:
         buffer[...] = h.encode(np.ones(1), dtype)
+    h.simt().take_counters()
     h.simt().scale(buffers=buffers, factor=np.array(2, h.real(dtype)))
+    assert h.simt().take_counters()["packed_bytes"] > 0.99 * 2 * 2 * buffers[0].nbytes
     out.check()
     for buffer in buffers:
         np.testing.assert_array_equal(h.decode(buffer), 2)

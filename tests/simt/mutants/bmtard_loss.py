@@ -121,9 +121,9 @@ MUTANTS = [
     ),
     mutant(
         "loss-packed-whatever-the-gradient",
-        "(!args.grad_student[k] || packable(args.dtype, args.grad_student[k], args.classes));",
-        "true;",
-        "test_layouts.py::test_bmtard_loss[shifted-0-10-float32]",
+        "    alignment.add(args.grad_student[k], args.classes);\n",
+        "",
+        "test_layouts.py::test_bmtard_loss[shifted-0-1102-float32]",
         "misaligned",
     ),
     mutant(

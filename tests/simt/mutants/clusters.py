@@ -119,7 +119,7 @@ MUTANTS = [
     ),
     mutant(
         "cluster-cache-from-the-first-tile",
-        "- first_tile<Shape>(classes) * Shape::kSpan),",
+        "- first_tile<Shape>(window.span) * Shape::kSpan),",
         "),",
         KL_SPLIT,
         "of a shared array of",

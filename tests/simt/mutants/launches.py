@@ -62,7 +62,7 @@ MUTANTS = [
     Mutant(
         "refused-row",
         "cuda/rows.cuh",
-        "return attempt(plan_rows<Shape>(groups, classes, kept, 1));",
+        "return attempt(plan_rows<Shape>(groups, span, kept, 1));",
         "return error;",
         "test_launches.py::test_a_block_takes_the_row_of_a_refused_cluster[entropy_of]",
         "refused",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..mutation import GLOBAL_RACE, OUTSIDE, WRONG, mutants_of
+from ..mutation import OUTSIDE, WRONG, mutants_of
 
 LINF = "test_pgd_step.py::test_linf[{}]"
 L2_SCALES = "test_pgd_step.py::test_l2_step_along_any_gradient[{}]"
@@ -57,21 +57,21 @@ MUTANTS = [
     ),
     mutant(
         "linf-last-chunk",
-        "left < Shape::kMaxClasses ? static_cast<int>(left) : Shape::kMaxClasses;",
-        "Shape::kMaxClasses; (void)left;",
+        "window_of<Shape>(out, chunk.size,",
+        "window_of<Shape>(out, Shape::kMaxClasses,",
         LINF.format("0-(3, 10)-float32"),
         f"{OUTSIDE}|{WRONG}",
     ),
     mutant(
-        "linf-chunk-by-one",
-        "static_cast<int64_t>(simt::block_id()) * Shape::kMaxClasses;",
-        "static_cast<int64_t>(simt::block_id()) * (Shape::kMaxClasses - 1);",
+        "linf-chunk-of-the-next-block",
+        "args.sample_size, simt::block_id(), packing",
+        "args.sample_size, simt::block_id() + 1, packing",
         LINF.format("1-(1, 4097)-float32"),
-        f"{WRONG}|{GLOBAL_RACE}",
+        WRONG,
     ),
     mutant(
         "l2-tail-in-the-norm",
-        "if (class_of<Shape>(tile, i, group.lane, packed) >= size) continue;",
+        "if (!in_row(window, class_of<Shape>(window, tile, i))) continue;",
         "",
         L2.format("0.05-(3, 10)-float32"),
         WRONG,
@@ -100,7 +100,7 @@ MUTANTS = [
     ),
     mutant(
         "pgd-packed-whatever-the-gradient",
-        "packable(args.dtype, args.grad, stride) &&",
+        "  alignment.add(args.grad, stride);\n",
         "",
         "test_layouts.py::test_pgd_step[40-False-grad-float32]",
         "misaligned",
@@ -109,8 +109,8 @@ MUTANTS = [
         "l2-packed-whatever-the-sample",
         "const int64_t stride = args.l2 ? args.sample_size : 0;",
         "const int64_t stride = 0;",
-        L2.format("0.05-(3, 10)-float32"),
-        "misaligned",
+        L2.format("0.05-(3, 2047)-float32"),
+        WRONG,
     ),
     core(
         "step-by-nan",

@@ -7,6 +7,13 @@ from ..mutation import GLOBAL_RACE, OUTSIDE, WRONG, Mutant, mutants_of
 ENTROPY = "test_softmax_entropy.py::test_forward_and_backward[{}]"
 ENTROPY_MASKED = "test_softmax_entropy.py::test_masked_and_non_finite_rows[{}]"
 
+WINDOW = (
+    "  const T* const data = row_of<T>(args.logits, row);\n"
+    "  const Window window = "
+    "window_of<Shape>(data, static_cast<int>(args.classes), group.lane, packing);\n"
+    "  const R inverse = inverse_temperature(temperature_of<R>(args, row));\n"
+)
+
 mutant = mutants_of("cuda/softmax_entropy.cu")
 
 MUTANTS = [
@@ -48,19 +55,15 @@ MUTANTS = [
     ),
     mutant(
         "entropy-past-the-last-row",
-        "  if (row >= args.rows) return;\n  const int classes = static_cast<int>(args.classes);\n"
-        "  const R inverse = inverse_temperature(temperature_of<R>(args, row));\n  const Row",
-        "  const int classes = static_cast<int>(args.classes);\n"
-        "  const R inverse = inverse_temperature(temperature_of<R>(args, row));\n  const Row",
+        "  if (row >= args.rows) return;\n" + WINDOW + "  const Row",
+        WINDOW + "  const Row",
         ENTROPY.format("10-float32"),
         f"{OUTSIDE}|{WRONG}|{GLOBAL_RACE}",
     ),
     mutant(
         "entropy-backward-past-the-last-row",
-        "  if (row >= args.rows) return;\n  const int classes = static_cast<int>(args.classes);\n"
-        "  const R inverse = inverse_temperature(temperature_of<R>(args, row));\n  const R entropy",
-        "  const int classes = static_cast<int>(args.classes);\n"
-        "  const R inverse = inverse_temperature(temperature_of<R>(args, row));\n  const R entropy",
+        "  if (row >= args.rows) return;\n" + WINDOW + "  const R entropy",
+        WINDOW + "  const R entropy",
         ENTROPY.format("10-float32"),
         OUTSIDE,
     ),
@@ -89,9 +92,9 @@ MUTANTS = [
     ),
     mutant(
         "entropy-packed-whatever-the-gradient",
-        "(!args.grad_logits || packable(args.dtype, args.grad_logits, args.classes));",
-        "true;",
-        "test_layouts.py::test_softmax_entropy[0-aligned-10-float32]",
+        "  alignment.add(args.grad_logits, args.classes);\n",
+        "",
+        "test_layouts.py::test_softmax_entropy[0-aligned-1102-float32]",
         "misaligned",
     ),
     mutant(
