@@ -75,6 +75,21 @@ def test_forward_and_backward(c, dtype):
 
 
 @pytest.mark.parametrize("dtype", h.DTYPES)
+@pytest.mark.parametrize("tiles", range(1, 9))
+def test_rows_of_many_tiles(tiles, dtype):
+    """Long rows are read some tiles ahead, whether or not their number is a multiple of that."""
+    width = 16 // h.STORAGE[dtype].itemsize * (128 if dtype == "float64" else 256)
+    n, c = 2, tiles * width - 8
+    z = h.draw(tiles, n, c, dtype)
+    temperature, grad = np.full(n, 2.0, h.real(dtype)), np.ones(n, h.real(dtype))
+    logits = h.place(z, dtype)
+    entropy, statistics = forward(logits, temperature, dtype)
+    h.assert_close(entropy, h.entropy(z, 2.0), h.computed(dtype))
+    gradient, _ = backward(logits, temperature, dtype, entropy, statistics, grad)
+    h.assert_close(gradient, expected_gradients(z, np.full(n, 2.0), np.ones(n))[0], dtype)
+
+
+@pytest.mark.parametrize("dtype", h.DTYPES)
 @pytest.mark.parametrize("c", [10, 100, 1100])
 def test_scalar_arguments_and_missing_outputs(c, dtype):
     z = h.draw(0, 5, c, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..mutation import Mutant
 from . import (
+    ahead,
     batch,
     bisect_temperature,
     bmtard_loss,
@@ -18,6 +19,7 @@ from . import (
 
 MUTANTS: list[Mutant] = [
     *rows.MUTANTS,
+    *ahead.MUTANTS,
     *clusters.MUTANTS,
     *batch.MUTANTS,
     *launches.MUTANTS,

@@ -6,7 +6,7 @@ from ..mutation import GLOBAL_RACE, OUTSIDE, RACE, WRONG, mutants_of
 from .bisect_temperature import BISECT, BISECT_STEPS
 from .multi_teacher_kl import KL
 from .pgd_step import LINF
-from .softmax_entropy import ENTROPY, ENTROPY_MASKED
+from .softmax_entropy import ENTROPY
 
 ROWS_FAR_APART = "test_layouts.py::test_rows_far_apart[{}]"
 
@@ -362,22 +362,25 @@ MUTANTS = [
         "online-maximum-never-shifts",
         "sums = shifted(sums, (seen - top) * inverse_temperature);",
         "",
-        ENTROPY.format("3000-float32"),
+        BISECT_STEPS.format("1100-None-True"),
         WRONG,
+        unit="cuda/bisect_temperature.cu",
     ),
     mutant(
         "online-parts-are-not-aligned",
         "sums = shifted(sums, (seen - max) * inverse_temperature);",
         "",
-        ENTROPY.format("1025-float32"),
+        BISECT_STEPS.format("1100-None-True"),
         WRONG,
+        unit="cuda/bisect_temperature.cu",
     ),
     mutant(
         "masked-so-far",
         "const R base = seen == kNothing ? R(0) : seen;",
         "const R base = seen;",
-        ENTROPY_MASKED.format("1100-float32"),
+        "test_bmtard_loss.py::test_steps_of_a_small_batch_in_one_launch[(17, 33)-float64-sign]",
         WRONG,
+        unit="cuda/bmtard_loss.cu",
     ),
     mutant(
         "cache-without-its-tail",
