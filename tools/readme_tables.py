@@ -43,10 +43,12 @@ def accuracy(name: str, folder: str) -> str:
     accuracy, machine = result["accuracy"], result["machine"]
     attack = result.get("main_attack", ATTACK)
     header = accuracy_header(accuracy, attack)
+    count = result["seeds"]
+    seeds = f"mean ± standard deviation of {count} seeds" if count > 1 else "one seed"
     return (
         f"{markdown_table(header, accuracy_rows(accuracy, attack))}\n\n"
         f"{machine['processor']}, {machine['cores']} cores, {machine.get('gpu', 'no GPU')}; "
-        f"torch {machine['torch']}; mean ± standard deviation of {result['seeds']} seeds; "
+        f"torch {machine['torch']}; {seeds}; "
         f"{result['seconds']:.0f} s in all; "
         f"{result['date'][:10]}; `{result['command']}`; "
         f"{link(name, folder)}."
