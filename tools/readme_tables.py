@@ -210,6 +210,10 @@ def interval_cell(record: Record) -> str:
     return f"{ratio.median:.2f} ({ratio.low:.2f} - {ratio.high:.2f})"
 
 
+def weighted_accuracy(seeds: Sequence[dict[str, float]], attack: str) -> float:
+    return mean((seed["clean"] + seed[attack]) / 2 for seed in seeds)
+
+
 def numbers(folder: str) -> str:
     """Three of them, for the first screen."""
     speed, evidence = "cpu-1-thread.json", "reproduce-cifar10-small.json"
@@ -218,7 +222,7 @@ def numbers(folder: str) -> str:
     search = whole_op(report, "bisect_temperature", "digits")
     attack = reproduced.get("main_attack", ATTACK)
     ours, theirs = (
-        100 * mean((r["clean"] + r[attack]) / 2 for r in reproduced["accuracy"][method])
+        100 * weighted_accuracy(reproduced["accuracy"][method], attack)
         for method in ("bmtard, sign", "mtard")
     )
     rows, classes = loss["bmtard"].dims
@@ -239,9 +243,7 @@ def weighted(folder: str) -> str:
     """The weighted robust accuracy of the students under two attacks, the best one first."""
     name = "reproduce-cifar10-small.json"
     students = {k: v for k, v in load(name)["accuracy"].items() if not k.startswith("teacher")}
-    best_first = sorted(
-        students, key=lambda k: -mean((seed["clean"] + seed[ATTACK]) / 2 for seed in students[k])
-    )
+    best_first = sorted(students, key=lambda k: -weighted_accuracy(students[k], ATTACK))
     students = {k: students[k] for k in best_first}
     attacks = (ATTACK, "autoattack")
     columns = [[row[-1] for row in accuracy_rows(students, attack)] for attack in attacks]
