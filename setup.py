@@ -3,7 +3,7 @@
 The build itself is defined in CMakeLists.txt, the metadata in pyproject.toml. Environment:
 
 BMTARD_CUDA            auto (default): CUDA kernels where nvcc is found; 1: required; 0: none
-BMTARD_CUDA_ARCHS      e.g. "90" or "80;90"; default: all that CMakeLists.txt lists
+BMTARD_CUDA_ARCHS      e.g. "90", "80;90" or "native"; default: all that CMakeLists.txt lists
 BMTARD_WERROR          1: warnings in bmtard's sources are errors
 BMTARD_BUILD_TESTS     1: build the CUDA kernels for the CPU as well (tests/simt)
 BMTARD_REQUIRE_NATIVE  1: fail where there is no C++ compiler, instead of going on without
@@ -76,6 +76,7 @@ class CMakeBuild(build_ext):
                 raise SystemExit(f"bmtard: failed: {' '.join(command)}")
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # a process that has the old one loaded keeps it
         shutil.copyfile(build / "_C.so", target)
 
 

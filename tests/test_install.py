@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from bmtard import _library
 
@@ -107,6 +108,16 @@ def test_cuda_that_is_required_and_missing_is_an_error(tmp_path):
     code, message = configure(tmp_path, ignored, "-DBMTARD_CUDA=1")
     assert code == 1
     assert "BMTARD_CUDA=1, but there is no nvcc on PATH, in CUDA_HOME or in CUDACXX" in message
+
+
+def test_an_architecture_of_a_gpu_that_is_not_here_is_an_error(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    code, message = configure(tmp_path, "-DBMTARD_CUDA=1", "-DBMTARD_CUDA_ARCHS=native")
+    assert code == 1
+    if "there is no nvcc" in message:
+        pytest.skip("nvcc is not here")
+    assert "BMTARD_CUDA_ARCHS=native, but there is no GPU here; name the architectures" in message
 
 
 def tracked() -> list[str]:
