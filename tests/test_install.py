@@ -190,11 +190,11 @@ def test_a_wheel_of_ten_megabytes_is_refused(tmp_path, tool, monkeypatch):
 def test_results_of_another_wheel_are_dropped(tmp_path, tool):
     path, wheel = tmp_path / "wheel.json", tmp_path / "one.whl"
     wheel.write_bytes(b"one")
-    tool.record(path, wheel, "3.10:2.10", {"passed": 1})
-    tool.record(path, wheel, "3.11:2.10", {"passed": 2})
+    tool.record(path, wheel, "3.10:2.10", {"passed": 1, "short": True})
+    tool.record(path, wheel, "3.11:2.10", {"passed": 2, "short": True})
     assert '"3.10:2.10"' in path.read_text()
     wheel.write_bytes(b"two")  # built again: the same name, another file
-    tool.record(path, wheel, "3.11:2.10", {"passed": 3})
+    tool.record(path, wheel, "3.11:2.10", {"passed": 3, "short": True})
     assert '"3.10:2.10"' not in path.read_text()
 
 

@@ -19,6 +19,7 @@ import datetime
 import hashlib
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -166,6 +167,8 @@ def record(path: Path, wheel: Path, cell: str, row: dict[str, Any]) -> None:
         megabytes = round(wheel.stat().st_size / 1e6, 2)
         results = {"wheel": wheel.name, "sha256": sha256, "megabytes": megabytes, "cells": {}}
     results["date"] = datetime.date.today().isoformat()
+    results["command"] = f"python tools/test_wheel.py {wheel.name}{' --short' * row['short']}"
+    results["machine"] = platform.platform()
     results["cells"][cell] = row
     path.write_text(json.dumps(results, indent=1) + "\n")
 
