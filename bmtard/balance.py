@@ -664,7 +664,7 @@ def _warn_of_ranks(op: str, group: dist.ProcessGroup | None) -> None:
 def _all_reduce_mean(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return values
-    values = values.contiguous()
+    values = values.clone(memory_format=torch.contiguous_format)  # it is overwritten
     dist.all_reduce(values, group=group)
     return values / dist.get_world_size(group)
 

@@ -116,6 +116,22 @@ def work_on_unequal_batches(rank, folder):
     dist.destroy_process_group()
 
 
+def work_on_given_losses(rank, folder):
+    join(rank, folder)
+    losses = torch.tensor([1.0, 2.0], dtype=torch.float64) * (1 + rank)
+    before = losses.clone()
+    weights = NormalizationLossBalance(process_group=dist.group.WORLD)
+    weights(losses)
+    assert torch.equal(losses, before)
+    assert weights.losses.tolist() == [1.5, 3.0]
+    dist.destroy_process_group()
+
+
+def test_averaging_leaves_the_given_losses_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
+    mp.spawn(work_on_given_losses, args=(str(tmp_path),), nprocs=RANKS)
+
+
 def test_unequal_batches_are_refused_on_every_rank(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME", "lo"))
     mp.spawn(work_on_unequal_batches, args=(str(tmp_path),), nprocs=RANKS)
