@@ -504,8 +504,8 @@ def test_distillation_of_certain_networks(name: str) -> None:
         (lambda s: losses.dkd_loss(s, s, torch.zeros(N, dtype=torch.int64), reduction="mean"),
          "dkd_loss: reduction must be"),
         (lambda s: losses.dkd_loss(s[:, :1], s[:, :1], torch.zeros(N, dtype=torch.int64)),
-         "dkd_loss: logits must have 2 classes or more, got 1"),
-        (lambda s: losses.kd_loss(s[0, 0], s), "kd_loss: logits must be"),
+         "dkd_loss: student_logits must have 2 classes or more, got 1"),
+        (lambda s: losses.kd_loss(s[0, 0], s), "kd_loss: student_logits must be"),
         (lambda s: losses.mart_loss(clean_logits=s, adversarial_logits=s, eps=-1.0,
                                     labels=torch.zeros(N, dtype=torch.int64)),
          "mart_loss: eps must be finite and >= 0"),
@@ -516,6 +516,37 @@ def test_bad_arguments(call: Callable[[Tensor], Tensor], message: str) -> None:
         call(torch.randn(N, C))
     with pytest.raises(TypeError, match=r"mask must be a tensor of torch.bool, got torch.float32"):
         losses.kd_loss(torch.randn(N, C), torch.randn(N, C), mask=torch.ones(N))
+
+
+TAKES = {"trades": NAMES[:2], "mart": NAMES[:2], "ard": (*NAMES[:2], NAMES[3])}
+TAKES["rslad"] = TAKES["ard"]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [(name, one) for name in CASES if name != "mtard" for one in TAKES.get(name, NAMES)],
+)
+def test_logits_of_another_shape(name: str, wrong: str) -> None:
+    """Equally many rows in another order would give a loss of mismatched rows."""
+    z = random_logits(2, 3, C)
+    z[wrong] = z[wrong].reshape(3, 2, C)
+    message = rf"{name}_loss: (labels must be|\w+_logits must have the shape of \w+_logits,) \["
+    with pytest.raises(ValueError, match=message):
+        CASES[name][1](z, torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_logits_are_tensors_of_one_device() -> None:
+    s, y = torch.randn(N, C), torch.zeros(N, dtype=torch.int64)
+    with pytest.raises(TypeError, match="kd_loss: teacher_logits must be a tensor, got NoneType"):
+        losses.kd_loss(s, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"mart_loss: adversarial_logits must be float32, .*int64"):
+        losses.mart_loss(clean_logits=s, adversarial_logits=s.long(), labels=y)
+    with pytest.raises(ValueError, match="dkd_loss: labels must be on the device of student_logit"):
+        losses.dkd_loss(s, s, y.to("meta"))
+    with pytest.raises(ValueError, match=r"jsd_loss: teacher_logits must be on .* cpu, got meta"):
+        losses.jsd_loss(s, s.to("meta"))
+    with pytest.raises(ValueError, match=r"jsd_loss: teacher_logits .* \[7, 10\], got \[7, 9\]"):
+        losses.jsd_loss(s, s[:, :9])
 
 
 def test_mtard_weights_come_from_the_balance() -> None:

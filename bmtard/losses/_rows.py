@@ -18,13 +18,14 @@ _NO_LABEL = torch.iinfo(torch.int64).min
 class Rows:
     """The rows of one call: which of them count, and how their losses are reduced.
 
-    logits [..., C] become [N, C] by :meth:`flat`; labels are kept as [N]. Built from the first
-    logits of a loss, whose shape the other logits must have.
+    logits [..., C] become [N, C] by :meth:`flat`; labels are kept as [N]. Built from the logits of
+    one argument, ``name``, whose shape and device all others must have.
     """
 
     def __init__(
         self,
         op: str,
+        name: str,
         logits: Tensor,
         labels: Tensor | None = None,
         *,
@@ -39,39 +40,60 @@ class Rows:
             )
         if not (is_number(label_smoothing) and 0 <= label_smoothing <= 1):
             raise ValueError(f"{op}: label_smoothing must be 0 to 1, got {label_smoothing!r}")
-        check_logits(op, "logits", logits)
+        check_logits(op, name, logits)
         self.label_smoothing = label_smoothing
         self.op, self.reduction = op, reduction
+        self.name, self.logits_shape, self.device = name, logits.shape, logits.device
         self.shape, self.classes = logits.shape[:-1], logits.shape[-1]
         self.counted: Tensor | None = None
         """[N] bool, or None where all rows count."""
         if mask is not None:
-            self._check("mask", mask, torch.bool, logits)
+            self._check("mask", mask, torch.bool)
             self.counted = mask.reshape(-1)
         if labels is not None:
-            self._check("labels", labels, torch.int64, logits)
+            self._check("labels", labels, torch.int64)
             self.labels = labels.reshape(-1)
             if ignore_index is not None:
                 self.counted = self.labels != ignore_index
                 self.labels = self.labels.where(self.counted, 0)
 
-    def _check(self, name: str, value: Any, dtype: torch.dtype, logits: Tensor) -> None:
+    def _check(self, name: str, value: Any, dtype: torch.dtype) -> None:
         if not isinstance(value, Tensor) or value.dtype != dtype:
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{self.op}: {name} must be a tensor of {dtype}, got {got}")
         if value.shape != self.shape:
             raise ValueError(
-                f"{self.op}: {name} must be {list(self.shape)} for logits {list(logits.shape)}, "
-                f"got {list(value.shape)}"
+                f"{self.op}: {name} must be {list(self.shape)} for logits "
+                f"{list(self.logits_shape)}, got {list(value.shape)}"
+            )
+        self._check_device(name, value)
+
+    def _check_device(self, name: str, value: Tensor) -> None:
+        if value.device != self.device:
+            raise ValueError(
+                f"{self.op}: {name} must be on the device of {self.name}, {self.device}, "
+                f"got {value.device}"
             )
 
-    def flat(self, *logits: Tensor) -> list[Tensor]:
-        """[..., C] -> [N, C], rows that do not count replaced by 0."""
-        flat = [one if one.dim() == 2 else one.reshape(-1, one.shape[-1]) for one in logits]
+    def flat(self, **logits: Tensor) -> list[Tensor]:
+        """[..., C] -> [N, C], of arguments by name; rows that do not count replaced by 0."""
+        for name, one in logits.items():
+            check_logits(self.op, name, one)
+            if one.shape != self.logits_shape:
+                raise ValueError(
+                    f"{self.op}: {name} must have the shape of {self.name}, "
+                    f"{list(self.logits_shape)}, got {list(one.shape)}"
+                )
+            self._check_device(name, one)
+        flat = [one if one.dim() == 2 else one.reshape(-1, self.classes) for one in logits.values()]
         if self.counted is not None:
             out = ~self.counted.unsqueeze(1)
             flat = [one.masked_fill(out, 0) for one in flat]
         return flat
+
+    def taught(self, **logits: Tensor) -> list[Tensor]:
+        """The same of teachers, who get no gradient."""
+        return [one.detach() for one in self.flat(**logits)]
 
     def divergence(
         self,

@@ -23,11 +23,18 @@ def adaad_loss(
     attack, :func:`bmtard.attacks.kl_from_model`, does send gradient through the teacher. With
     ``alpha=1`` the clean logits are not looked at.
     """
-    rows = Rows("adaad_loss", student_adversarial_logits, mask=mask, reduction=reduction)
+    rows = Rows(
+        "adaad_loss", "student_adversarial_logits", student_adversarial_logits,
+        mask=mask, reduction=reduction,
+    )  # fmt: skip
     loss = alpha * rows.divergence(
-        *rows.flat(student_adversarial_logits, teacher_adversarial_logits.detach())
+        *rows.flat(student_adversarial_logits=student_adversarial_logits),
+        *rows.taught(teacher_adversarial_logits=teacher_adversarial_logits),
     )
     if alpha != 1.0:
-        clean = rows.divergence(*rows.flat(student_clean_logits, teacher_clean_logits.detach()))
+        clean = rows.divergence(
+            *rows.flat(student_clean_logits=student_clean_logits),
+            *rows.taught(teacher_clean_logits=teacher_clean_logits),
+        )
         loss = loss + (1 - alpha) * clean
     return rows.shaped(loss)

@@ -25,14 +25,16 @@ def ard_loss(
     ``alpha=1`` the clean logits of the student are not looked at.
     """
     rows = Rows(
-        "ard_loss", student_adversarial_logits, labels,
+        "ard_loss", "student_adversarial_logits", student_adversarial_logits, labels,
         ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
     )  # fmt: skip
-    adversarial, taught = rows.flat(student_adversarial_logits, teacher_clean_logits.detach())
+    (adversarial,) = rows.flat(student_adversarial_logits=student_adversarial_logits)
+    (taught,) = rows.taught(teacher_clean_logits=teacher_clean_logits)
     distilled = rows.divergence(
         adversarial, taught, temperature=temperature, student_temperature="teacher"
     )
     loss = alpha * temperature**2 * distilled
     if alpha != 1.0:
-        loss = loss + (1 - alpha) * rows.cross_entropy(*rows.flat(student_clean_logits))
+        (clean,) = rows.flat(student_clean_logits=student_clean_logits)
+        loss = loss + (1 - alpha) * rows.cross_entropy(clean)
     return rows.shaped(loss)

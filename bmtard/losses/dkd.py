@@ -30,11 +30,18 @@ def dkd_loss(
     if reduction == "mean":
         raise ValueError("dkd_loss: reduction must be 'none', 'sum' or 'batchmean', got 'mean'")
     check_temperature("dkd_loss", "temperature", temperature)
-    rows = Rows("dkd_loss", student_logits, labels, ignore_index=ignore_index, reduction=reduction)
+    rows = Rows(
+        "dkd_loss", "student_logits", student_logits, labels,
+        ignore_index=ignore_index, reduction=reduction,
+    )  # fmt: skip
     if rows.classes < 2:
-        raise ValueError(f"dkd_loss: logits must have 2 classes or more, got {rows.classes}")
+        raise ValueError(
+            f"dkd_loss: student_logits must have 2 classes or more, got {rows.classes}"
+        )
     binary, others = [], []
-    for logits in rows.flat(student_logits, teacher_logits.detach()):
+    (student,) = rows.flat(student_logits=student_logits)
+    (teacher,) = rows.taught(teacher_logits=teacher_logits)
+    for logits in (student, teacher):
         scaled = wide(logits) / temperature
         label = rows.at_label(scaled)
         rest = scaled.scatter(1, rows.labels.unsqueeze(1), -torch.inf)

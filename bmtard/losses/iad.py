@@ -37,13 +37,18 @@ def iad_loss(
     if target_logits is None:
         target_logits = student_clean_logits
     rows = Rows(
-        "iad_loss", student_adversarial_logits, labels,
+        "iad_loss", "student_adversarial_logits", student_adversarial_logits, labels,
         ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
     )  # fmt: skip
-    adversarial, clean, target, taught_clean, taught_adversarial = rows.flat(
-        student_adversarial_logits, student_clean_logits, target_logits,
-        teacher_clean_logits.detach(), teacher_adversarial_logits.detach(),
-    )  # fmt: skip
+    adversarial, clean, target = rows.flat(
+        student_adversarial_logits=student_adversarial_logits,
+        student_clean_logits=student_clean_logits,
+        target_logits=target_logits,
+    )
+    taught_clean, taught_adversarial = rows.taught(
+        teacher_clean_logits=teacher_clean_logits,
+        teacher_adversarial_logits=teacher_adversarial_logits,
+    )
     distilled = rows.divergence(
         adversarial, taught_clean, temperature=temperature, student_temperature="teacher"
     )
@@ -80,13 +85,16 @@ def iad2_loss(
     40 published epochs, sets every A_i to 1.
     """
     rows = Rows(
-        "iad2_loss", student_adversarial_logits, labels,
+        "iad2_loss", "student_adversarial_logits", student_adversarial_logits, labels,
         ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
     )  # fmt: skip
-    adversarial, clean, robust_taught, clean_taught = rows.flat(
-        student_adversarial_logits, student_clean_logits,
-        robust_teacher_logits.detach(), clean_teacher_logits.detach(),
-    )  # fmt: skip
+    adversarial, clean = rows.flat(
+        student_adversarial_logits=student_adversarial_logits,
+        student_clean_logits=student_clean_logits,
+    )
+    robust_taught, clean_taught = rows.taught(
+        robust_teacher_logits=robust_teacher_logits, clean_teacher_logits=clean_teacher_logits
+    )
     both: dict[str, Any] = {"temperature": temperature, "student_temperature": "teacher"}
     trust = _trust(rows, robust_taught, beta) if introspect else None
     robust = rows.divergence(adversarial, robust_taught, sample_weight=trust, **both)

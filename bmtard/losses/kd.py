@@ -27,8 +27,7 @@ def kd_loss(
     the rows that count (for token labels: ``labels != -100``); with it "batchmean" divides by their
     number. Returns 0-d, or [...] with reduction "none". The teacher gets no gradient.
     """
-    rows = Rows("kd_loss", student_logits, mask=mask, reduction=reduction)
-    student, teacher = rows.flat(student_logits, teacher_logits.detach())
+    rows, student, teacher = _pair("kd_loss", student_logits, teacher_logits, mask, reduction)
     return _tempered(rows, student, teacher, temperature, scale_by_temperature)
 
 
@@ -45,8 +44,9 @@ def reverse_kl_loss(
 
     Arguments and result as in :func:`kd_loss`.
     """
-    rows = Rows("reverse_kl_loss", student_logits, mask=mask, reduction=reduction)
-    student, teacher = rows.flat(student_logits, teacher_logits.detach())
+    rows, student, teacher = _pair(
+        "reverse_kl_loss", student_logits, teacher_logits, mask, reduction
+    )
     return _tempered(rows, teacher, student, temperature, scale_by_temperature)
 
 
@@ -68,8 +68,7 @@ def jsd_loss(
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"jsd_loss: beta must be 0 to 1, got {beta}")
-    rows = Rows("jsd_loss", student_logits, mask=mask, reduction=reduction)
-    student, teacher = rows.flat(student_logits, teacher_logits.detach())
+    rows, student, teacher = _pair("jsd_loss", student_logits, teacher_logits, mask, reduction)
     if beta in (0, 1):
         pair = (student, teacher) if beta == 0 else (teacher, student)
         return _tempered(rows, *pair, temperature, scale_by_temperature)
@@ -81,6 +80,16 @@ def jsd_loss(
     sides = multi_teacher_kl(middle, [teacher, student], reduction="none")
     loss = rows.reduced(beta * sides[0] + (1 - beta) * sides[1])
     return rows.shaped(loss * temperature**2 if scale_by_temperature else loss)
+
+
+def _pair(
+    op: str, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, reduction: str
+) -> tuple[Rows, Tensor, Tensor]:
+    """The rows, and both logits as [N, C]."""
+    rows = Rows(op, "student_logits", student_logits, mask=mask, reduction=reduction)
+    (student,) = rows.flat(student_logits=student_logits)
+    (teacher,) = rows.taught(teacher_logits=teacher_logits)
+    return rows, student, teacher
 
 
 def _tempered(

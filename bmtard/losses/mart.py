@@ -29,10 +29,10 @@ def mart_loss(
     """
     check_eps("mart_loss", eps)
     rows = Rows(
-        "mart_loss", clean_logits, labels,
+        "mart_loss", "clean_logits", clean_logits, labels,
         ignore_index=ignore_index, label_smoothing=label_smoothing,
     )  # fmt: skip
-    clean, adversarial = rows.flat(clean_logits, adversarial_logits)
+    clean, adversarial = rows.flat(clean_logits=clean_logits, adversarial_logits=adversarial_logits)
     hard = rows.cross_entropy(adversarial)
     log_adversarial = wide(adversarial).log_softmax(1)
     wrong = log_adversarial.detach().scatter(1, rows.labels.unsqueeze(1), -torch.inf)

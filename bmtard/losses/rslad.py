@@ -23,10 +23,15 @@ def rslad_loss(
     a = ``adversarial_weight``; log(p + eps) for the teacher; "mean" divides by N * C, and the
     published CIFAR-100 script multiplies that by 10.
     """
-    rows = Rows("rslad_loss", student_adversarial_logits, mask=mask, reduction=reduction)
-    adversarial, clean, taught = rows.flat(
-        student_adversarial_logits, student_clean_logits, teacher_clean_logits.detach()
+    rows = Rows(
+        "rslad_loss", "student_adversarial_logits", student_adversarial_logits,
+        mask=mask, reduction=reduction,
+    )  # fmt: skip
+    adversarial, clean = rows.flat(
+        student_adversarial_logits=student_adversarial_logits,
+        student_clean_logits=student_clean_logits,
     )
+    (taught,) = rows.taught(teacher_clean_logits=teacher_clean_logits)
     each = reduction if mask is None else "none"
     kl = multi_teacher_kl([adversarial, clean], taught, reduction=each, eps=eps)
     loss = adversarial_weight * kl[0] + (1 - adversarial_weight) * kl[1]

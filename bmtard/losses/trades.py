@@ -25,10 +25,14 @@ def trades_loss(
     matters where S has dropout; by default ``clean_logits``.
     """
     rows = Rows(
-        "trades_loss", clean_logits, labels, ignore_index=ignore_index, reduction=reduction,
-        label_smoothing=label_smoothing,
+        "trades_loss", "clean_logits", clean_logits, labels,
+        ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
     )  # fmt: skip
     target_logits = clean_logits if target_logits is None else target_logits
-    clean, adversarial, target = rows.flat(clean_logits, adversarial_logits, target_logits)
+    clean, adversarial, target = rows.flat(
+        clean_logits=clean_logits,
+        adversarial_logits=adversarial_logits,
+        target_logits=target_logits,
+    )
     robust = rows.divergence(adversarial, target)
     return rows.shaped(rows.cross_entropy(clean) + beta * robust)
