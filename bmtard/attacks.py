@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bmtard._library import warn
 from bmtard.extras import import_extra
 from bmtard.ops import multi_teacher_kl, pgd_step_
-from bmtard.ops._checks import is_number
+from bmtard.ops._checks import is_integer, is_number
 from bmtard.types import WHOLE, Share
 
 Norm = Literal["linf", "l2"]
@@ -155,17 +155,20 @@ def pgd(
     Raises:
         ValueError, TypeError: an argument out of range, or a model that returns no tensor.
     """
+    given = {"labels": labels, "target_logits": target_logits, "start": start, "mask": mask}
+    for name, value in {"x": x, **given}.items():
+        if not isinstance(value, Tensor) and (value is not None or name == "x"):
+            raise TypeError(f"pgd: {name} must be a tensor, got {type(value).__name__}")
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"pgd: x must be floating [N, ...], got {x.dtype} {list(x.shape)}")
-    if steps < 1:
-        raise ValueError(f"pgd: steps must be >= 1, got {steps}")
-    if eot_samples < 1:
-        raise ValueError(f"pgd: eot_samples must be >= 1, got {eot_samples}")
+    for name, count in (("steps", steps), ("eot_samples", eot_samples)):
+        if not (is_integer(count) and count >= 1):
+            raise ValueError(f"pgd: {name} must be an integer >= 1, got {count!r}")
     _check_not_negative("momentum", momentum)
     if norm not in ("linf", "l2"):
         raise ValueError(f"pgd: norm must be 'linf' or 'l2', got {norm!r}")
-    if start is not None and start.shape != x.shape:
-        raise ValueError(f"pgd: start must be {list(x.shape)} like x, got {list(start.shape)}")
+    if start is not None and _kind(start) != _kind(x):
+        raise ValueError(f"pgd: start must be {_kind(x)} like x, got {_kind(start)}")
     if mask is not None and not (mask.dtype == torch.bool and _fits(mask, x)):
         raise ValueError(
             f"pgd: mask must be bool and fit x {list(x.shape)}, got {mask.dtype} {list(mask.shape)}"
@@ -243,6 +246,8 @@ def fgsm(
 
 def check_images(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
     """Raises ValueError unless all of ``x`` is finite and inside ``bounds``. Synchronises."""
+    if not x.numel():
+        return
     low, high = (float(value) for value in x.aminmax())
     if not (bounds[0] <= low and high <= bounds[1]):
         raise ValueError(
@@ -271,10 +276,13 @@ def autoattack(
     Raises ImportError, saying how to install it, without pyautoattack.
     """
     package = import_extra("pyautoattack", "eval")
+    norms = {"linf": "Linf", "l2": "L2"}
+    if norm not in norms:
+        raise ValueError(f"autoattack: norm must be 'linf' or 'l2', got {norm!r}")
     check_images(x)
     runner = package.AutoAttack(
         model,
-        norm={"linf": "Linf", "l2": "L2"}[norm],
+        norm=norms[norm],
         eps=epsilon,
         device=x.device,
         seed=seed,
@@ -352,6 +360,23 @@ def _objective(
     return cross_entropy(labels) if loss == "ce" else carlini_wagner(labels)
 
 
+def _kind(x: Tensor) -> str:
+    return f"{x.dtype} {list(x.shape)} on {x.device}"
+
+
+def _two(bounds: tuple[float | Tensor, float | Tensor]) -> tuple[float | Tensor, float | Tensor]:
+    """(lowest, highest); the values of tensors are not read."""
+    pair = isinstance(bounds, (list, tuple)) and len(bounds) == 2
+    if not (pair and all(isinstance(value, Tensor) or is_number(value) for value in bounds)):
+        raise ValueError(
+            f"pgd: bounds must be None or (lowest, highest), numbers or tensors, got {bounds!r}"
+        )
+    low, high = bounds
+    if not (isinstance(low, Tensor) or isinstance(high, Tensor) or low <= high):
+        raise ValueError(f"pgd: bounds must be (lowest, highest), got {bounds!r}")
+    return low, high
+
+
 def _fits(tensor: Tensor, x: Tensor) -> bool:
     """Whether ``tensor`` has the dimensions of ``x``, each its own or 1."""
     return tensor.dim() == x.dim() and all(
@@ -376,7 +401,7 @@ class _Step:
         self.x, self.norm = x, norm
         self.step_size = self._radius("step_size", step_size)
         self.epsilon = self._radius("epsilon", epsilon)
-        low, high = bounds or (-torch.inf, torch.inf)
+        low, high = (-torch.inf, torch.inf) if bounds is None else _two(bounds)
         for value in (low, high):
             if isinstance(value, Tensor) and value.dim() and not _fits(value, x):
                 raise ValueError(

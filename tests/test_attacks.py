@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -396,7 +397,8 @@ def test_generator_makes_it_repeatable(model: nn.Module, images: tuple[Tensor, T
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 0}, "steps must be >= 1, got 0"),
+        ({"steps": 0}, "steps must be an integer >= 1, got 0"),
+        ({"steps": 2.5}, "steps must be an integer >= 1, got 2.5"),
         ({"loss": "bce"}, "loss must be 'ce', 'kl', 'cw' or a function, got 'bce'"),
         ({"loss": "kl"}, r"loss 'kl' needs target_logits \[6, C\], got None"),
         ({"labels": None}, r"loss 'ce' needs labels \[6\], got None"),
@@ -406,10 +408,14 @@ def test_generator_makes_it_repeatable(model: nn.Module, images: tuple[Tensor, T
         ({"step_size": math.nan}, "step_size must be finite and >= 0, got nan"),
         ({"epsilon": torch.ones(3)}, r"epsilon must be .* for x \[6, 2, 5, 5\] .*, got \[3\]"),
         ({"bounds": (torch.zeros(2), 1.0)}, r"bounds must be numbers or of 4 dim.*, got \[2\]"),
-        ({"start": torch.zeros(6, 2, 5, 4)}, r"start must be \[6, 2, 5, 5\] like x, got"),
+        ({"bounds": (1.0, 0.0)}, r"pgd: bounds must be \(lowest, highest\), got \(1.0, 0.0\)"),
+        ({"bounds": torch.tensor([0.0, 1.0])}, "pgd: bounds must be None or .* got tensor"),
+        ({"bounds": 1.0}, r"pgd: bounds must be None or \(lowest, highest\), .* got 1.0"),
+        ({"start": torch.zeros(6, 2, 5, 4)}, r"start must be .*\[6, 2, 5, 5\] on cpu like x, got"),
+        ({"start": torch.zeros(6, 2, 5, 5, dtype=torch.float64)}, "start .* got torch.float64"),
         ({"mask": torch.ones(6)}, r"mask must be bool and fit x \[6, 2, 5, 5\], got torch.float32"),
         ({"momentum": -0.1}, "momentum must be finite and >= 0, got -0.1"),
-        ({"eot_samples": 0}, "eot_samples must be >= 1, got 0"),
+        ({"eot_samples": 0}, "eot_samples must be an integer >= 1, got 0"),
         ({"epsilon": -1.0, "random_start": "none"}, "epsilon must be finite and >= 0"),
         ({"x": torch.zeros(6, 2, 5, 5, dtype=torch.uint8)}, "x must be floating"),
     ],
@@ -422,8 +428,16 @@ def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
         attacks.pgd(net, given.pop("x"), given.pop("labels"), **given)
 
 
+@pytest.mark.parametrize("name", ["x", "labels", "target_logits", "start", "mask"])
+def test_what_is_no_tensor_is_named(name: str) -> None:
+    given: dict[str, Any] = {"x": torch.rand(N, 4), "labels": None, name: [0] * N}
+    with pytest.raises(TypeError, match=f"pgd: {name} must be a tensor, got list"):
+        attacks.pgd(nn.Linear(4, C), given.pop("x"), given.pop("labels"), **given)
+
+
 def test_check_images() -> None:
     attacks.check_images(torch.rand(4))
+    attacks.check_images(torch.rand(0, 4))
     for bad in (torch.tensor([0.5, 1.5]), torch.tensor([-0.1]), torch.tensor([math.nan])):
         with pytest.raises(ValueError, match=r"images must be in \[0.0, 1.0\]"):
             attacks.check_images(bad)
@@ -440,6 +454,8 @@ def test_square_and_autoattack(images: tuple[Tensor, Tensor]) -> None:
     ):
         assert (x_adv - x).abs().max() <= 0.3 + 1e-5
         assert (net(x_adv).argmax(1) == y).float().mean() < 0.5
+    with pytest.raises(ValueError, match="autoattack: norm must be 'linf' or 'l2', got 'l1'"):
+        attacks.autoattack(net, x, y, norm="l1")  # type: ignore[arg-type]
 
 
 def test_autoattack_says_what_is_missing(
