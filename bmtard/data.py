@@ -81,7 +81,8 @@ class ImageData:
     def split_validation(self, fraction: float, seed: int) -> tuple[ImageData, Tensor, Tensor]:
         """Takes ``fraction`` of each class out of the training images.
 
-        Returns the data that remain, and the validation images and labels.
+        Returns the data that remain, and the validation images and labels. Raises ValueError where
+        either would be none.
         """
         generator = torch.Generator().manual_seed(seed)
         held = torch.zeros(len(self.train_labels), dtype=torch.bool)
@@ -89,6 +90,11 @@ class ImageData:
             members = (self.train_labels == label).nonzero().squeeze(1)
             members = members[torch.randperm(len(members), generator=generator)]
             held[members[: round(fraction * len(members))]] = True
+        if not 0 < held.sum() < len(held):
+            raise ValueError(
+                f"split_validation: fraction (validation_fraction) must leave images on both "
+                f"sides, got {fraction}, which takes {held.sum()} of {len(held)}"
+            )
         rest = replace(
             self, train_images=self.train_images[~held], train_labels=self.train_labels[~held]
         )
@@ -127,6 +133,8 @@ class Batches:
         """
         if batch_size < 1:
             raise ValueError(f"Batches: batch_size must be >= 1, got {batch_size}")
+        if not len(images):
+            raise ValueError(f"Batches: images must be one or more, got {list(images.shape)}")
         self.device = torch.device(device)
         if images.nbytes <= _free_bytes(self.device) // 4:
             images, labels = images.to(self.device), labels.to(self.device)
@@ -394,8 +402,10 @@ def from_dataset(
             try:
                 image, label = dataset[index]
                 targets.append(int(label))
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise TypeError(f"{where} must be an image and a whole label: {error}") from None
+            if not isinstance(label, str) and targets[-1] != label:
+                raise ValueError(f"{where} must be an image and a whole label, got {label}")
             pixels.append(_to_uint8(image, where))
             first = images[0][0] if images else pixels[0]
             if pixels[-1].shape != first.shape:
@@ -413,7 +423,7 @@ def from_dataset(
         train_labels=labels[0],
         test_images=images[1],
         test_labels=labels[1],
-        num_classes=num_classes or int(torch.cat(labels).max()) + 1,
+        num_classes=int(torch.cat(labels).max()) + 1 if num_classes is None else num_classes,
     )
 
 
@@ -481,7 +491,7 @@ def load(name: str, folder: str | os.PathLike[str] | None = None) -> ImageData:
             f"{DATA_VARIABLE}"
         )
     path = Path(folder or ".").expanduser()
-    if not path.is_dir():
+    if name != "digits" and not path.is_dir():  # they come with scikit-learn
         raise FileNotFoundError(f"{name}: the data folder {path} does not exist")
     try:
         return loader(path)

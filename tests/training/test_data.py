@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import os
 import pickle
 import struct
@@ -353,6 +354,8 @@ def test_from_dataset() -> None:
         ([torch.zeros(4)], [0], r"an image must be \[c, h, w\], got \[4\]"),
         (["picture"], [0], r"need a tensor, an array or an image"),
         ([torch.zeros(3, 4, 4)], ["cat"], r"train\[0\] must be an image and a whole label"),
+        ([torch.zeros(3, 4, 4)], [1.7], r"train\[0\] must be an image and a whole label, got 1.7"),
+        ([torch.zeros(3, 4, 4)], [math.inf], r"train\[0\] must be an image and a whole label"),
         ([torch.zeros(3, 4, 4)], [-1], r"train_labels must be in \[0, 0\], got \[-1, -1\]"),
         ([], [], r"train is empty"),
     ],
@@ -366,6 +369,18 @@ def test_datasets_that_do_not_fit(images: list[object], labels: list[object], pr
 def test_a_python_name_is_not_loaded() -> None:
     with pytest.raises(ValueError, match=r"python:mine is made in Python: give it as data"):
         data.load("python:mine")
+
+
+def test_digits_need_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(data.DATA_VARIABLE, "/nowhere")
+    assert data.load("digits").name == "digits"
+
+
+def test_batches_of_no_image() -> None:
+    with pytest.raises(
+        ValueError, match=r"Batches: images must be one or more, got \[0, 1, 2, 2\]"
+    ):
+        data.Batches(torch.zeros(0, 1, 2, 2, dtype=torch.uint8), torch.zeros(0), batch_size=1)
 
 
 def test_digits_are_split_by_class_and_complete() -> None:
@@ -646,3 +661,6 @@ def test_validation_takes_its_share_of_every_class() -> None:
     assert share.max() < 0.26
     assert images.shape[1:] == (1, 8, 8)
     assert torch.equal(rest.test_images, digits.test_images)
+    for fraction in (0.001, 0.999):
+        with pytest.raises(ValueError, match=r"validation_fraction\) must leave images on both"):
+            digits.split_validation(fraction, seed=3)
