@@ -9,12 +9,13 @@ import math
 import re
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from bmtard import balance
 from bmtard.data import check_data_name
 from bmtard.extras import is_object_name
 from bmtard.models import check_model_name
+from bmtard.ops._checks import is_integer
 from bmtard.training.teachers import Teacher, default_images, parse_teacher
 
 METHOD_NAMES = (
@@ -30,6 +31,23 @@ def require(config: object, name: str, condition: bool, wanted: str) -> None:
     if not condition:
         value = getattr(config, name)
         raise ValueError(f"{type(config).__name__}: {name} must be {wanted}, got {value!r}")
+
+
+def check_kinds(config: object) -> None:
+    """Requires one of its words in every Literal of ``config``, and whole numbers in every int.
+
+    The command line does so by itself; a configuration in Python has this.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        several = get_origin(hint) is tuple
+        kind = get_args(hint)[0] if several else hint
+        if get_origin(kind) is Literal:
+            words = get_args(kind)
+            known = all(word in words for word in (value if several else (value,)))
+            require(config, name, known, f"{'of' if several else 'one of'} {', '.join(words)}")
+        elif hint is int:
+            require(config, name, is_integer(value), "a whole number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +73,7 @@ class AttackConfig:
     have attacks of their own throughout"""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         require(self, "epsilon", 0 < self.epsilon < math.inf, "finite and > 0")
         require(self, "step_size", 0 < self.step_size < math.inf, "finite and > 0")
         require(self, "steps", self.steps >= 1, ">= 1")
@@ -78,6 +97,7 @@ class OptimizerConfig:
     """of multistep: factor at each milestone"""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         require(self, "lr", 0 < self.lr < math.inf, "finite and > 0")
         require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
         require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "finite and >= 0")
@@ -300,6 +320,7 @@ class TrainConfig:
     """part of an epoch's steps that may be skipped for a non-finite loss before it is an error"""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         check_data_name(self.data)
         _ = self.teachers
         check_model_name(self.model)
@@ -322,6 +343,8 @@ class TrainConfig:
         require(self, "accumulate", plain, "1 with awp")
         folded = not (self.fold_batch_norm and self.compile)
         require(self, "fold_batch_norm", folded, "false with compile")
+        transfer = any(name.startswith("transfer") for name in self.test_attacks)
+        require(self, "test_attacks", not transfer, "without transfer-*, which bmtard evaluate has")
         require(self, "max_skipped", 0 <= self.max_skipped <= 1, "in [0, 1]")
 
     @property
@@ -378,6 +401,7 @@ class EvaluateConfig:
     """JSON file; default: evaluation.json beside the checkpoint"""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         require(self, "batch_size", self.batch_size >= 1, ">= 1")
         require(self, "square_queries", self.square_queries >= 1, ">= 1")
         require(self, "sanity", self.sanity >= 0, ">= 0")

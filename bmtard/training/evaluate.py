@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bmtard.attacks import Norm, autoattack, check_images, pgd, square
 from bmtard.data import Batches, ImageData, load
+from bmtard.extras import import_extra
 from bmtard.training.checkpoint import load_network
 from bmtard.training.config import EvaluateConfig, to_plain
 from bmtard.training.files import write_json
@@ -55,6 +56,7 @@ def accuracies(
     batches done and all of them. ranks: each takes every ``ranks.count``-th batch, and all return
     what one would: a random start is a function of ``seed`` and the number of the batch.
     """
+    check_installed(attacks)
     batches = Batches(images, labels, batch_size=batch_size, device=device, max_value=max_value)
     network.eval()
     results: dict[str, float] = {}
@@ -94,6 +96,12 @@ def accuracies(
         results[name] = ranks.sum(int(correct)) / len(images)
         report(name, results[name])
     return results
+
+
+def check_installed(attacks: Sequence[str]) -> None:
+    """Raises ImportError where one of ``attacks`` needs a package that is not there."""
+    if "square" in attacks or "autoattack" in attacks:
+        import_extra("pyautoattack", "eval")
 
 
 def weighted(results: dict[str, float]) -> dict[str, float]:

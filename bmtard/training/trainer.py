@@ -23,7 +23,7 @@ from bmtard.models.fold import FoldedBatchNorm
 from bmtard.training import checkpoint
 from bmtard.training.awp import perturbed_weights
 from bmtard.training.config import TrainConfig, saved_settings, to_plain
-from bmtard.training.evaluate import accuracies, resolve_device, weighted
+from bmtard.training.evaluate import accuracies, check_installed, resolve_device, weighted
 from bmtard.training.files import locked, remove_temporaries, write_json
 from bmtard.training.methods import Method, find_method
 from bmtard.training.metrics import Display, MetricsLog, NoLog, NoProgress, Progress
@@ -88,6 +88,7 @@ class Trainer:
                 f"{self.folder} already holds a run: resume it, overwrite it, or choose another "
                 "output"
             )
+        check_installed(config.test_attacks)
         self.device = resolve_device(config.device, ranks)
         if config.sync_batch_norm and ranks.count > 1 and self.device.type == "cpu":
             raise ValueError(

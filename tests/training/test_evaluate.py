@@ -141,5 +141,7 @@ def test_an_incomplete_checkpoint_is_told(
 def test_bad_requests() -> None:
     with pytest.raises(ValueError, match=r"surrogate must be a checkpoint for transfer"):
         EvaluateConfig(attacks=("transfer-cw",))
+    with pytest.raises(ValueError, match=r"EvaluateConfig: attacks must be of fgsm, .* 'pgd'"):
+        EvaluateConfig(attacks=("fgsm", "pgd"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"device 'gpu' cannot be used"):
         resolve_device("gpu")

@@ -411,10 +411,33 @@ def test_trades_attacks_its_own_clean_logits(
     assert torch.equal(actual, expected)
 
 
+def test_a_missing_test_attack_is_told_before_the_training(
+    config: TrainConfig, digits: ImageData, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    with pytest.raises(ImportError, match=r"pyautoattack is not installed: .*bmtard\[eval\]"):
+        Trainer(replace(config, method="natural", test_attacks=("square",)), quiet, digits)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: TrainConfig(epochs=0), "TrainConfig: epochs must be >= 1, got 0"),
+        (lambda: TrainConfig(epochs=1.5), "TrainConfig: epochs must be a whole number, got 1.5"),
+        (
+            lambda: TrainConfig(autocast="half"),
+            "autocast must be one of none, bfloat16, got 'half'",
+        ),
+        (
+            lambda: TrainConfig(test_attacks=("pgd",)),
+            r"test_attacks must be of fgsm, .* \('pgd',\)",
+        ),
+        (
+            lambda: TrainConfig(test_attacks=("transfer-cw",)),
+            r"test_attacks must be without transf",
+        ),
+        (lambda: OptimizerConfig(schedule="cosin"), "schedule must be one of .* got 'cosin'"),
+        (lambda: AttackConfig(norm="l1"), "AttackConfig: norm must be one of linf, l2, got 'l1'"),
         (lambda: TrainConfig(train_limit=0), "train_limit must be >= 1, got 0"),
         (lambda: TrainConfig(validation_steps=0), "validation_steps must be >= 1, got 0"),
         (lambda: TrainConfig(model="vgg"), "model must be one of .* got 'vgg'"),

@@ -17,6 +17,7 @@ from bmtard.training.config import (
     LossConfig,
     OptimizerConfig,
     TrainConfig,
+    check_kinds,
     require,
 )
 
@@ -67,6 +68,7 @@ class ReproduceEvaluation:
     """test images, the first ones, kept for the picture of adversarial examples"""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         main = self.main in self.attacks and not self.main.startswith("transfer")
         require(self, "main", main, "one of attacks, and no transfer attack")
         require(self, "limits", self.main not in self.limits, "of other attacks than main")
@@ -117,6 +119,7 @@ class ReproduceConfig:
     """train and measure nothing; report what is there"""
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         require(self, "seeds", self.seeds >= 1, ">= 1")
         require(self, "students", len(self.students) >= 1, "one name or more")
         teacher_seeds = self.teacher_seeds
