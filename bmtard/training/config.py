@@ -40,6 +40,10 @@ def check_kinds(config: object) -> None:
     """
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
+        if type(None) in get_args(hint):
+            if value is None:
+                continue
+            hint = get_args(hint)[0]
         several = get_origin(hint) is tuple
         kind = get_args(hint)[0] if several else hint
         if get_origin(kind) is Literal:
@@ -376,8 +380,8 @@ class EvaluateConfig:
     transfer-pgd and transfer-cw: pgd-trades and cw made on the surrogate"""
     epsilon: float | None = None
     """radius in pixel units; default: that of the checkpoint's training attack"""
-    norm: Literal["linf", "l2"] = "linf"
-    """of epsilon; fgsm and the transfer attacks included"""
+    norm: Literal["linf", "l2"] | None = None
+    """of epsilon; fgsm and the transfer attacks included; default: that of the training attack"""
     batch_size: int = 250
     """images at a time"""
     limit: int | None = None

@@ -146,12 +146,20 @@ def _evaluate(
         trained = state["config"]
         try:
             method, model, name = trained["method"], trained["model"], trained["data"]
-            folder, epsilon = trained["data_dir"], config.epsilon or trained["attack"]["epsilon"]
+            folder, attack = trained["data_dir"], {"norm": "linf", **trained["attack"]}
+            epsilon, norm = config.epsilon or attack["epsilon"], config.norm or attack["norm"]
         except (KeyError, TypeError) as error:
             message = f"{path} is incomplete: its settings (config) have no {error}"
             raise ValueError(message) from None
+        if config.epsilon is None and norm != attack["norm"]:
+            raise ValueError(
+                f"epsilon must be given with norm {norm}: {path} was trained in {attack['norm']}"
+            )
         data = data or load(name, config.data_dir or folder)
-    config = replace(config, epsilon=epsilon)
+        output = config.output or path.with_name("evaluation.json")
+        if ranks.main:  # fails now rather than after the attacks
+            output.parent.mkdir(parents=True, exist_ok=True)
+    config = replace(config, epsilon=epsilon, norm=norm)
     started = time.perf_counter()
     results = accuracies(
         network,
@@ -159,7 +167,7 @@ def _evaluate(
         data.test_labels[: config.limit],
         attacks=config.attacks,
         epsilon=epsilon,
-        norm=config.norm,
+        norm=norm,
         max_value=data.max_value,
         batch_size=config.batch_size,
         device=device,
@@ -178,7 +186,7 @@ def _evaluate(
             data.test_images[:count].to(device).float() / data.max_value,
             data.test_labels[:count].to(device),
             epsilon=epsilon,
-            norm=config.norm,
+            norm=norm,
             results=results,
             seed=config.seed,
             batch_size=config.batch_size,
@@ -196,9 +204,7 @@ def _evaluate(
         "evaluation": to_plain(config),
         "seconds": seconds,
     }
-    output = config.output or path.with_name("evaluation.json")
     if ranks.main:
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, summary)
     return summary
 

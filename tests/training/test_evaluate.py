@@ -14,8 +14,9 @@ from bmtard import attacks
 from bmtard.data import ImageData
 from bmtard.training import evaluate as module
 from bmtard.training.checkpoint import load_network
-from bmtard.training.config import EvaluateConfig
+from bmtard.training.config import AttackConfig, EvaluateConfig, TrainConfig
 from bmtard.training.evaluate import accuracies, evaluate, resolve_device, weighted
+from bmtard.training.trainer import train
 
 
 def test_counts(digits: ImageData, teachers: dict[str, Path]) -> None:
@@ -104,6 +105,30 @@ def test_file_and_defaults(teachers: dict[str, Path], tmp_path: Path) -> None:
         teachers["clean"], replace(config, attacks=("pgd-trades",)), lambda name, value: None
     )
     assert direct["accuracy"]["pgd-trades"] < summary["accuracy"]["transfer-pgd"]
+
+
+def test_norm_and_epsilon_belong_together(
+    config: TrainConfig, digits: ImageData, quiet: Any, tmp_path: Path
+) -> None:
+    l2 = AttackConfig(epsilon=1.5, step_size=0.5, steps=1, norm="l2")
+    run = replace(config, method="natural", epochs=1, attack=l2, test_attacks=("fgsm",))
+    path = train(run, quiet, digits).checkpoint
+    options = EvaluateConfig(attacks=("fgsm",), limit=100, sanity=0, device="cpu")
+
+    def silent(name: str, accuracy: float) -> None:
+        pass
+
+    summary = evaluate(path, options, silent, digits)
+    assert (summary["evaluation"]["norm"], summary["evaluation"]["epsilon"]) == ("l2", 1.5)
+    assert summary["accuracy"] == json.loads((run.folder / "results.json").read_text())["accuracy"]
+    with pytest.raises(ValueError, match=r"epsilon must be given with norm linf: .* trained in l2"):
+        evaluate(path, replace(options, norm="linf"), silent, digits)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        evaluate(
+            path, replace(options, output=tmp_path / "file" / "e.json"),
+            lambda name, accuracy: pytest.fail("told after the attack"), digits,
+        )  # fmt: skip
 
 
 def test_square_and_autoattack(digits: ImageData, teachers: dict[str, Path]) -> None:
