@@ -82,7 +82,8 @@ def _train(arguments: list[str]) -> None:
     result = train(config)
     if not speaks():
         return
-    if "weights" in read_metrics(config.folder / "metrics.jsonl")[0]:
+    rows = read_metrics(config.folder / "metrics.jsonl")
+    if rows and "weights" in rows[0]:  # none where a finished run was only tested again
         plot_balance({config.method: [config.folder]}, config.folder / "balance.png")
     print(f"checkpoint: {result.checkpoint}")
 

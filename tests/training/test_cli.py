@@ -33,6 +33,8 @@ def test_train_evaluate_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.main(arguments) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert cli.main([*arguments, "--resume"]) == 0
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert cli.main([*arguments, "--resume"]) == 0
 
     checkpoint = str(tmp_path / "run" / "last.pt")
     assert cli.main(["evaluate", checkpoint, "--attacks", "fgsm", "cw", "--limit", "40"]) == 0
