@@ -22,17 +22,20 @@ def perturbed_weights(
 
     g is the gradient of ``loss()`` with respect to w, taken once on entry; ``average_`` overwrites
     the gradients where processes average them. The buffers of ``network`` are put back afterwards.
-    Backward pass and optimizer step belong inside, as in the published code; on exit the
-    perturbation is taken off again, exactly so where no step has changed the weight. A perturbation
-    that is not finite is none.
+    Backward pass and optimizer step belong inside, as in the published code; on exit, by an error
+    too, the perturbation is taken off again, exactly so where no step has changed the weight. A
+    perturbation that is not finite is none.
     """
     weights = [p for n, p in network.named_parameters() if p.dim() > 1 and "weight" in n]
     kept = [buffer.clone() for buffer in network.buffers()]
-    grads = torch.autograd.grad(loss(), weights, allow_unused=True)
+    try:
+        grads = torch.autograd.grad(loss(), weights, allow_unused=True)
+    finally:
+        with torch.no_grad():
+            for buffer, before in zip(network.buffers(), kept, strict=True):
+                buffer.copy_(before)
     average_([grad for grad in grads if grad is not None])
     with torch.no_grad():
-        for buffer, before in zip(network.buffers(), kept, strict=True):
-            buffer.copy_(before)
         pairs: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # weight, its value, perturbed value
         for weight, grad in zip(weights, grads, strict=True):
             if grad is not None:
@@ -40,7 +43,9 @@ def perturbed_weights(
                 value = weight.clone()
                 weight.add_(way.nan_to_num_(0.0, 0.0, 0.0))
                 pairs.append((weight, value, weight.clone()))
-    yield
-    with torch.no_grad():
-        for weight, value, perturbed in pairs:
-            weight.copy_(value + (weight - perturbed))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value, perturbed in pairs:
+                weight.copy_(value + (weight - perturbed))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bmtard.data import ImageData
 from bmtard.training import checkpoint
+from bmtard.training.awp import perturbed_weights
 from bmtard.training.config import (
     DIGITS,
     METHOD_NAMES,
@@ -417,6 +418,27 @@ def test_awp_as_published(warmup: float, digits: ImageData, quiet: Any, tmp_path
                 trainer.network.state_dict()[name], value, rtol=1e-9, atol=1e-10, msg=name
             )
     assert step == 1
+
+
+def test_an_error_inside_awp_leaves_the_network_as_it_was() -> None:
+    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    x = torch.rand(4, 3)
+
+    def failing() -> Tensor:
+        network(x)
+        raise RuntimeError("no memory")
+
+    def perturbed() -> None:
+        assert not torch.equal(network[0].weight, before["0.weight"])
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError), perturbed_weights(network, 0.1, failing):
+        pass
+    with pytest.raises(RuntimeError), perturbed_weights(network, 0.1, lambda: network(x)[0, 0]):
+        perturbed()
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_awp_looks_at_the_balance_without_moving_it(
