@@ -9,6 +9,8 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_Norm = nn.BatchNorm2d | nn.SyncBatchNorm
+
 
 class FoldedBatchNorm(nn.Module):
     """``network``, but that in eval mode each batch norm is part of the convolution before it.
@@ -43,7 +45,7 @@ class FoldedBatchNorm(nn.Module):
             if not (node.op == "call_module" and _fit(pair, node.all_input_nodes)):
                 continue
             before = node.all_input_nodes[0]
-            folded = _FoldedConv(cast(nn.Conv2d, pair[1]), cast(nn.BatchNorm2d, pair[0]))
+            folded = _FoldedConv(cast(nn.Conv2d, pair[1]), cast(_Norm, pair[0]))
             name = f"_folded_{len(self._folded)}"
             graph.add_submodule(name, folded)
             self._folded.append(folded)
@@ -70,13 +72,15 @@ class FoldedBatchNorm(nn.Module):
 
 
 def _fit(pair: list[nn.Module | None], inputs: list[Any]) -> bool:
-    """Whether they are a batch norm and a convolution that nothing else looks at."""
+    """Whether they are a batch norm and a convolution that nothing else looks at or changes."""
     norm, conv = pair if len(pair) == 2 else (None, None)
     return (
-        isinstance(norm, nn.BatchNorm2d)
+        isinstance(norm, _Norm)
         and norm.running_mean is not None
         and type(conv) is nn.Conv2d
         and conv.padding_mode == "zeros"
+        # Of spectral_norm and weight_norm, or of a user: the fold would not call them.
+        and not any((m._forward_hooks or m._forward_pre_hooks) for m in (norm, conv))
         and len(inputs[0].users) == 1
     )
 
@@ -85,7 +89,7 @@ class _FoldedConv(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: _Norm) -> None:
         super().__init__()
         # No submodules: they are the network's, with its parameters.
         self._pair = (conv, norm)

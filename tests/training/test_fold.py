@@ -82,6 +82,28 @@ class Branch(nn.Module):
         return self.norm(x) if x.mean() > 0 else x
 
 
+def test_synchronised_batch_norm_is_folded() -> None:
+    plain = nn.SyncBatchNorm.convert_sync_batchnorm(network("cnn-3")).eval()
+    x = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(FoldedBatchNorm(plain).eval()(x), plain(x))
+
+
+def test_a_convolution_with_hooks_stays_itself() -> None:
+    """Spectral norm makes the weight anew in a hook before each call."""
+    first = nn.utils.spectral_norm(nn.Conv2d(3, 4, 3))
+    plain = nn.Sequential(
+        first, nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2)
+    ).double()
+    shake(plain)
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    folded = FoldedBatchNorm(plain).eval()
+    torch.testing.assert_close(folded(x), plain.eval()(x))
+    with torch.no_grad():
+        first.weight_orig[0].mul_(5.0)
+    folded.refresh()
+    torch.testing.assert_close(folded(x), plain(x))
+
+
 def test_networks_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"FoldedBatchNorm: torch.fx cannot trace Branch: "):
         FoldedBatchNorm(Branch())
