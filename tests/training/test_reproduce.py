@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from bmtard import cli
 from bmtard.training import checkpoint
 from bmtard.training.config import AttackConfig
 from bmtard.training.files import locked, read_json
+from bmtard.training.metrics import Display
 from bmtard.training.reproduce import (
     REPRODUCE_PRESETS,
     ReproduceConfig,
@@ -28,7 +30,7 @@ from bmtard.training.reproduce import (
     reproduce,
 )
 from bmtard.training.reproduce.plan import Job, digest, plan, selected, with_settings
-from bmtard.training.reproduce.pool import Pool
+from bmtard.training.reproduce.pool import Pool, _Task, _Worker
 
 DIGITS = REPRODUCE_PRESETS["digits"][1]
 STUDENTS = ("natural", "sat", "bmtard, sign")
@@ -494,6 +496,22 @@ def test_a_process_that_dies_fails_its_job_alone(
     assert failed == {"natural-seed0": "its process ended with status -9"}
     assert list(results(config)["accuracy"]) == ["sat"]
     assert "status -9" in (tmp_path / "jobs" / "natural-seed0" / "error.txt").read_text()
+
+
+def test_a_process_that_dies_before_its_folder_is_there(tmp_path: Path) -> None:
+    config = small(tmp_path, students=("natural",), only=("natural",))
+    job = next(job for job in plan(config) if job.name == "natural")
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    theirs.close()
+    process = multiprocessing.get_context("spawn").Process(target=sys.exit, args=(3,))
+    process.start()
+    worker = _Worker(process, ours, _Task(job, training=True))
+    crew = [worker]
+    with Display() as display:
+        pool = Pool(1, 1, display)
+        pool._listen(worker, crew, {}, {})
+    assert pool.failed == {job.key: "its process ended with status 3"}
+    assert crew == []
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:

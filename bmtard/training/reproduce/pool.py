@@ -159,7 +159,8 @@ class Pool:
             worker.process.join()
             crew.remove(worker)
             why = f"its process ended with status {worker.process.exitcode}"
-            write_text(task.job.folder / ERROR, f"{why}\n")
+            with contextlib.suppress(OSError):  # the folder is not there before the work begins
+                write_text(task.job.folder / ERROR, f"{why}\n")
             self._fail(task.job, why, shown)
             return
         key = task.job.key
