@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bmtard.training.files import write_text
+
 from .timing import Ratio
 
 FORMAT = 1
@@ -105,11 +107,15 @@ class Report:
         return [r for r in self.records if r.status == "failed"]
 
     def save(self, path: Path) -> None:
-        """One line a record, so that two files can be compared by eye."""
+        """One line a record, so that two files can be compared by eye; never half a file."""
         values = {"format": FORMAT, **dataclasses.asdict(self)}
         records = [json.dumps(_rounded(record)) for record in values.pop("records")]
         head = json.dumps(values, indent=1)[:-2]
-        path.write_text(f'{head},\n "records": [\n  ' + ",\n  ".join(records) + "\n ]\n}\n")
+        text = f'{head},\n "records": [\n  ' + ",\n  ".join(records) + "\n ]\n}\n"
+        if path.is_file() or not path.exists():
+            write_text(path, text)
+        else:  # such as /dev/stdout
+            path.write_text(text)
 
 
 def load(path: Path) -> Report:

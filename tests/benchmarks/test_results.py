@@ -69,6 +69,21 @@ def test_file_holds_everything(measured, tmp_path):
     assert {"processor", "torch", "kernels", "numpy", "load"} <= set(values["machine"])
 
 
+def test_interrupted_writing_keeps_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    report(record(1.0)).save(path)
+
+    def interrupt(*values):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        report(record(1.0), record(2.0, dtype="bfloat16")).save(path)
+    assert len(load(path).records) == 1
+    assert list(tmp_path.iterdir()) == [path]
+    report(record(1.0)).save(Path(os.devnull))
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{}", '{"format": 99}', '{"format": 1}', '{"format": 1, "records": [{}]}',
