@@ -429,6 +429,7 @@ class BMTARDLoss(_Balance):
         )
         self.student_temperature: float | Tensor | str
         if isinstance(student_temperature, Tensor):
+            check_floating("BMTARDLoss", "student_temperature", student_temperature)
             if student_temperature.shape not in ((), (num_teachers,)):
                 raise ValueError(
                     f"BMTARDLoss: student_temperature must be a float, 0-d or [{num_teachers}], "

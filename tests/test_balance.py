@@ -708,6 +708,11 @@ def test_temperature_of_the_student(path, mode, kind):
     assert torch.equal(again(*batch(3)), loss(*batch(3)))
 
 
+def test_a_temperature_of_integers_is_refused_at_once():
+    with pytest.raises(TypeError, match=r"student_temperature must be float32, .* got torch.int64"):
+        BMTARDLoss(student_temperature=torch.tensor(2))
+
+
 # --- Several calls, one step -----------------------------------------------------------------
 
 
