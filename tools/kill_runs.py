@@ -34,19 +34,10 @@ import torch._dynamo  # an optimizer imports it at its first step: once here, no
 from bmtard.data import ImageData, load_digits
 from bmtard.training import checkpoint
 from bmtard.training.config import DIGITS, AttackConfig, BalanceConfig, TrainConfig
+from bmtard.training.metrics import NoProgress
 from bmtard.training.trainer import train
 
 TIMES = ("seconds", "images_per_s", "epoch_seconds")
-
-
-class Silent:
-    """A progress that tells nothing."""
-
-    def begin(self, title: str, total: int, done: int = 0) -> None: ...
-    def advance(self, text: str) -> None: ...
-    def within(self, part: float, text: str) -> None: ...
-    def note(self, text: str) -> None: ...
-    def end(self, text: str) -> None: ...
 
 
 def start(config: TrainConfig, data: ImageData, before: Callable[[], None] | None = None) -> int:
@@ -56,7 +47,7 @@ def start(config: TrainConfig, data: ImageData, before: Callable[[], None] | Non
     try:
         if before is not None:
             before()
-        train(replace(config, resume=True), Silent(), data)
+        train(replace(config, resume=True), NoProgress(), data)
         os._exit(0)
     except BaseException:
         traceback.print_exc()

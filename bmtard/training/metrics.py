@@ -119,7 +119,7 @@ class Progress(Protocol):
 
 
 class NoProgress:
-    """That of a process for which rank 0 speaks."""
+    """Tells nothing, as a process for which rank 0 speaks."""
 
     def begin(self, title: str, total: int, done: int = 0) -> None:
         pass
