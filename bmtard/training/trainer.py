@@ -663,8 +663,11 @@ def train(
     """Runs one configuration to its last epoch; shows its progress if nobody else does.
 
     Where torchrun has started several processes, they train together and return the same; rank 0
-    alone shows and writes. Raises ValueError where another process trains in the same folder.
+    alone shows and writes. Raises ValueError where another process trains in the same folder, and
+    with ``config.replay``, which is for :func:`replay`.
     """
+    if config.replay is not None:
+        raise ValueError(f"train: replay must be None, got {config.replay}; call replay() with it")
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(joined(config.device))
         with ranks.together():
@@ -681,6 +684,8 @@ def train(
 
 def replay(config: TrainConfig, progress: Progress, data: ImageData | None = None) -> Iterator[str]:
     """See :meth:`Trainer.replay`. Raises ValueError in one of several processes."""
+    if config.replay is None:
+        raise ValueError("replay: config.replay must be the file of a non-finite step, got None")
     if launched():
         raise ValueError("replay: one process does it; start it without torchrun")
     return Trainer(config, progress, data).replay()

@@ -333,6 +333,10 @@ def test_the_first_non_finite_batch_can_be_replayed(
     ]
     assert any("gradients not finite" in line for line in lines)
     assert equal(dict(again.network.state_dict()), states[first])  # a skipped step changes nothing
+    with pytest.raises(ValueError, match=r"train: replay must be None, got .*; call replay\(\)"):
+        train(replace(config, replay=path), quiet, digits)
+    with pytest.raises(ValueError, match=r"config.replay must be the file of a non-finite step"):
+        replay(config, quiet, digits)
     assert before == {p: p.read_bytes() for p in config.folder.iterdir() if p.is_file()}
     with pytest.raises(ValueError, match=r"last.pt was not written because of a non-finite step"):
         list(replay(replace(config, replay=config.folder / "last.pt"), quiet, digits))

@@ -40,7 +40,7 @@ TEACHERS = {"clean": "teacher, clean", "robust": "teacher, robust"}
 # TrainConfig's fields that are decided run by run, or by the evaluation.
 _OWN = (
     "method", "teacher_clean", "teacher_robust", "teacher", "seed", "output", "overwrite",
-    "resume", "test_attacks",
+    "resume", "replay", "test_attacks",
 )  # fmt: skip
 
 
