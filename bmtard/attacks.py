@@ -58,7 +58,9 @@ def module_mode(model: nn.Module | Callable[..., Any], mode: Mode) -> Iterator[N
 
 def cross_entropy(labels: Tensor) -> AttackLoss:
     """Sum over the batch of the cross entropy with ``labels`` [N]; half logits in float32."""
-    return lambda logits, x_adv: F.cross_entropy(_wide(logits), labels, reduction="sum")
+    return lambda logits, x_adv: F.cross_entropy(
+        _wide(logits), _for_autograd(labels), reduction="sum"
+    )
 
 
 def kl_from(target_logits: Tensor) -> AttackLoss:
@@ -87,7 +89,7 @@ def carlini_wagner(labels: Tensor, confidence: float = 50.0) -> AttackLoss:
 
     def loss(logits: Tensor, x_adv: Tensor) -> Tensor:
         logits = _wide(logits)
-        chosen = labels.unsqueeze(1)
+        chosen = _for_autograd(labels).unsqueeze(1)
         other = logits.scatter(1, chosen, -torch.inf).amax(1)
         return -F.relu(logits.gather(1, chosen).squeeze(1) - other + confidence).sum()
 
@@ -188,7 +190,9 @@ def pgd(
             x_adv.requires_grad_()
             (grad,) = torch.autograd.grad(objective(_logits(model(x_adv)), x_adv), x_adv)
             for _ in range(eot_samples - 1):
-                grad += torch.autograd.grad(objective(_logits(model(x_adv)), x_adv), x_adv)[0]
+                # Not in place: it may be expanded, or memory of a backward function.
+                (more,) = torch.autograd.grad(objective(_logits(model(x_adv)), x_adv), x_adv)
+                grad = grad + more
             x_adv = x_adv.detach()
             if targeted:
                 grad = -grad
@@ -401,7 +405,10 @@ class _Step:
         self.x, self.norm = x, norm
         self.step_size = self._radius("step_size", step_size)
         self.epsilon = self._radius("epsilon", epsilon)
-        low, high = (-torch.inf, torch.inf) if bounds is None else _two(bounds)
+        low, high = (
+            value.detach() if isinstance(value, Tensor) else value
+            for value in ((-torch.inf, torch.inf) if bounds is None else _two(bounds))
+        )
         for value in (low, high):
             if isinstance(value, Tensor) and value.dim() and not _fits(value, x):
                 raise ValueError(
@@ -421,6 +428,7 @@ class _Step:
         if not isinstance(value, Tensor):
             _check_not_negative(name, value)
             return float(value)
+        value = value.detach()
         if value.dim() == 1 and len(value) == len(x):
             return value.view(-1, *(1,) * (x.dim() - 1))
         per_sample = value.dim() == x.dim() and value.numel() in (1, len(value))

@@ -177,6 +177,10 @@ def test_works_in_inference_mode(model: nn.Module, images: tuple[Tensor, Tensor]
                 model, *made_there, loss=loss, target_logits=model(x.flip(0)), **options
             )
             assert torch.is_inference_mode_enabled()
+            if loss != "kl":
+                function = {"ce": attacks.cross_entropy, "cw": attacks.carlini_wagner}[loss]
+                own = attacks.pgd(model, made_there[0], loss=function(made_there[1]), **options)
+                torch.testing.assert_close(own, expected)
         torch.testing.assert_close(actual, expected)
         assert not torch.equal(actual, x)
 
@@ -321,6 +325,40 @@ def test_targeted_mask_and_momentum(model: nn.Module, images: tuple[Tensor, Tens
     actual = attacks.pgd(model, x, y, momentum=0.9, **options)
     torch.testing.assert_close(actual, expected)
     assert not torch.equal(actual, attacks.pgd(model, x, y, **options))
+
+
+class _SumOfMemory(torch.autograd.Function):
+    """The sum of each image; its backward returns memory that it keeps."""
+
+    memory = torch.ones(N, 4)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.sum(1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _SumOfMemory.memory
+
+
+def test_gradients_are_added_in_memory_of_their_own() -> None:
+    x = torch.full((N, 4), 0.5)
+    for model in (lambda x: x.sum(1, keepdim=True), _SumOfMemory.apply):  # expanded, kept
+        x_adv = attacks.pgd(
+            model, x, loss=lambda logits, x_adv: logits.sum(), step_size=0.1, epsilon=0.1,
+            random_start="none", eot_samples=3,
+        )  # fmt: skip
+        torch.testing.assert_close(x_adv, x + 0.1)
+    assert _SumOfMemory.memory.eq(1).all()
+
+
+def test_settings_that_require_grad_give_images_without() -> None:
+    x, labels = torch.rand(N, 4), torch.zeros(N, dtype=torch.int64)
+    one = torch.tensor(1.0, requires_grad=True)
+    for settings in ({"epsilon": 0.1 * one}, {"step_size": 0.1 * one}, {"bounds": (0 * one, one)}):
+        for norm in ("linf", "l2"):
+            x_adv = attacks.pgd(nn.Linear(4, C), x, labels, norm=norm, **settings)  # type: ignore[arg-type]
+            assert not x_adv.requires_grad
 
 
 def test_gradients_of_a_random_model_are_averaged() -> None:
