@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bmtard.data import Batches, ImageData, load
+from bmtard.extras import import_extra
 from bmtard.models import build_model
 from bmtard.models.fold import FoldedBatchNorm
 from bmtard.training import checkpoint
@@ -89,6 +90,8 @@ class Trainer:
                 "output"
             )
         check_installed(config.test_attacks)
+        if config.tensorboard:
+            import_extra("torch.utils.tensorboard", "train")
         self.device = resolve_device(config.device, ranks)
         if config.sync_batch_norm and ranks.count > 1 and self.device.type == "cpu":
             raise ValueError(

@@ -411,12 +411,24 @@ def test_trades_attacks_its_own_clean_logits(
     assert torch.equal(actual, expected)
 
 
-def test_a_missing_test_attack_is_told_before_the_training(
-    config: TrainConfig, digits: ImageData, quiet: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    with pytest.raises(ImportError, match=r"pyautoattack is not installed: .*bmtard\[eval\]"):
-        Trainer(replace(config, method="natural", test_attacks=("square",)), quiet, digits)
+@pytest.mark.parametrize(
+    ("package", "changes"),
+    [
+        ("pyautoattack", {"test_attacks": ("square",)}),
+        ("torch.utils.tensorboard", {"tensorboard": True}),
+    ],
+)
+def test_a_missing_package_is_told_before_the_old_run_is_gone(
+    package: str, changes: dict[str, Any], config: TrainConfig, digits: ImageData, quiet: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    config = replace(config, method="natural", overwrite=True, **changes)
+    config.folder.mkdir()
+    (config.folder / "last.pt").write_text("the old run")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"{package} is not installed: .*bmtard\["):
+        train(config, quiet, digits)
+    assert (config.folder / "last.pt").read_text() == "the old run"
 
 
 @pytest.mark.parametrize(
