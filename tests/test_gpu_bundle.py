@@ -69,6 +69,17 @@ def test_the_bundle_holds_the_checkout_and_the_library(tool):
     assert os.access(tool.out / "run.sh", os.X_OK)
 
 
+def test_only_a_bundle_is_replaced(tool):
+    tool.out.mkdir()
+    (tool.out / "thesis.tex").write_text("years of work")
+    with pytest.raises(SystemExit, match="is there and is no bundle"):
+        tool.pack()
+    assert (tool.out / "thesis.tex").read_text() == "years of work"
+    (tool.out / "run.sh").touch()
+    assert tool.pack() == 0
+    assert not (tool.out / "thesis.tex").exists()
+
+
 def test_the_images_are_the_first_ones(tool, tmp_path):
     jpeg_npz(tmp_path / "images", 20)
     assert tool.pack("--data", str(tmp_path / "images"), "--images", "12", "3") == 0

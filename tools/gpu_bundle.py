@@ -133,8 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     out = options.out.resolve()
+    if out.exists() and not (out / "run.sh").is_file():
+        fail(f"{out} is there and is no bundle: remove it, or choose another --out")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    (out / "run.sh").write_text(RUN)
+    os.chmod(out / "run.sh", 0o755)
     copy_checkout(out)
     library = options.library or build(options.arch, tuning=False)
     shutil.copyfile(library, out / "bmtard" / "_C.so")
@@ -144,8 +148,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fetch_wheels(out / "wheels", options.python)
     if options.data:
         cut_cifar10(options.data, out / "data", *options.images)
-    (out / "run.sh").write_text(RUN)
-    os.chmod(out / "run.sh", 0o755)
     size = megabytes(out)
     print(f"gpu-bundle: {out}, {size:.1f} MB")
     if size > LIMIT_MB:
