@@ -169,6 +169,7 @@ def _info(arguments: list[str]) -> None:
 
     from bmtard import build_info
     from bmtard._library import cuda_problem, driver_version
+    from bmtard.training.report import processor
 
     if arguments:
         raise ValueError(f"takes no arguments, got {shlex.join(arguments)}")
@@ -176,7 +177,7 @@ def _info(arguments: list[str]) -> None:
     rows = {
         "Python": f"{platform.python_version()}, numpy {numpy.__version__}",
         "system": f"{platform.platform()}, {' '.join(platform.libc_ver()) or 'no glibc'}",
-        "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "processor": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "settings": " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if "BMTARD_" in k),
     }
     driver, gpus = driver_version(), []
@@ -190,16 +191,6 @@ def _info(arguments: list[str]) -> None:
     rows["driver"] = f"CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "none"
     rows["GPUs"] = "; ".join(gpus) or "none"
     print("\n".join(f"{name + ':':<11}{value or '-'}" for name, value in rows.items()))
-
-
-def _processor() -> str:
-    """The processor's name, or its architecture where the system does not tell the name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
