@@ -78,7 +78,7 @@ def train_config(arguments: Sequence[str]) -> TrainConfig:
     preset = settings.pop("preset", None)
     if rest and not rest[0].startswith("-"):
         preset = rest.pop(0)
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and preset not in list(PRESETS):  # of a file, it may be anything
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     config = TrainConfig() if preset is None else PRESETS[preset][1]
     config = with_arguments(config, as_arguments(settings), f"config {path}")

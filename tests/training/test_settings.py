@@ -79,6 +79,7 @@ def test_every_setting_comes_back(name: str, tmp_path: Path) -> None:
         ),
         ("a.toml", "[attack]\nsteps = 'many'", "config .*a.toml cannot be set: .*attack.steps"),
         ("a.toml", "preset = 'cifar'", "preset must be one of digits, .* got 'cifar'"),
+        ("a.toml", "preset = ['digits']", r"preset must be one of digits, .* got \['digits'\]"),
         (None, "", "config .*none.toml does not exist"),
     ],
 )
