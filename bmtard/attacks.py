@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bmtard import reference
 from bmtard._library import warn
 from bmtard.extras import import_extra
 from bmtard.ops import multi_teacher_kl, pgd_step_
@@ -389,7 +390,7 @@ def _fits(tensor: Tensor, x: Tensor) -> bool:
 
 
 class _Step:
-    """One step from the images, in place: the fused op, or plain torch where a setting is a tensor.
+    """One step from the images, in place: the fused op; its reference where a setting is a tensor.
 
     epsilon and step_size become numbers or tensors that broadcast to ``x``, low and high too.
     """
@@ -453,18 +454,10 @@ class _Step:
                 step_size=step_size, epsilon=epsilon, bounds=(low, high), norm=self.norm,
             )  # fmt: skip
             return
-        acc = torch.promote_types(x_adv.dtype, torch.float32)
-        x, grad = self.x.to(acc), grad.to(acc)
-        if self.norm == "linf":
-            moved = x_adv.to(acc) + self.step_size * grad.sign()
-            moved = torch.minimum(torch.maximum(moved, x - self.epsilon), x + self.epsilon)
-        else:
-            length = _length(grad)
-            grad = (grad / length).where(length.isfinite() & (length > 0), 0)
-            delta = x_adv.to(acc) + self.step_size * grad - x
-            length = _length(delta)
-            moved = x + delta * torch.where(length > self.epsilon, self.epsilon / length, 1.0)
-        x_adv.copy_(self.clip(moved))
+        reference.pgd_step_(
+            x_adv, grad, self.x, step_size=self.step_size, epsilon=self.epsilon,
+            low=self.low, high=self.high, norm=self.norm,
+        )  # fmt: skip
 
 
 def _length(images: Tensor) -> Tensor:

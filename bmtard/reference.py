@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -228,13 +229,13 @@ def pgd_step_(
     grad: Tensor,
     x: Tensor,
     *,
-    step_size: float,
-    epsilon: float,
-    low: float,
-    high: float,
+    step_size: float | Tensor,
+    epsilon: float | Tensor,
+    low: Any,
+    high: Any,
     norm: str,
 ) -> Tensor:
-    """[N, ...], in place."""
+    """[N, ...], in place. Tensors broadcast to it; low and high are two numbers or two tensors."""
     if x.numel() == 0:
         return x_adv
     acc = accumulation_dtype(x_adv.dtype)

@@ -224,6 +224,20 @@ def plain_pgd(
     return x_adv
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_numbers_and_tensors_take_equal_steps(norm: str, scale: float) -> None:
+    """Also where the square of a gradient leaves the range of float32."""
+    x, direction = torch.full((N, 8), 0.5), scale * torch.randn(N, 8)
+    for kind in (float, torch.tensor):
+        x_adv = attacks.pgd(
+            lambda x: (x * direction).sum(1, keepdim=True), x, random_start="none", norm=norm,
+            loss=lambda logits, x_adv: logits.sum(), epsilon=kind(0.3), step_size=kind(0.1),
+        )  # fmt: skip
+        moved = (x_adv - x).abs().amax(1) if norm == "linf" else (x_adv - x).norm(dim=1)
+        torch.testing.assert_close(moved, torch.full((N,), 0.3))
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("shape", ["number", "0-d", "[N]", "channels", "pixels"])
 def test_settings_of_each_sample_and_channel(
