@@ -359,9 +359,9 @@ def _objective(
         return kl_from(target_logits)
     if loss not in ("ce", "cw"):
         raise ValueError(f"pgd: loss must be 'ce', 'kl', 'cw' or a function, got {loss!r}")
-    if labels is None or labels.shape != x.shape[:1]:
-        got = None if labels is None else list(labels.shape)
-        raise ValueError(f"pgd: loss {loss!r} needs labels [{len(x)}], got {got}")
+    if labels is None or labels.shape != x.shape[:1] or labels.dtype != torch.int64:
+        given = None if labels is None else f"{labels.dtype} {list(labels.shape)}"
+        raise ValueError(f"pgd: loss {loss!r} needs labels [{len(x)}] of torch.int64, got {given}")
     return cross_entropy(labels) if loss == "ce" else carlini_wagner(labels)
 
 

@@ -222,6 +222,7 @@ class EntropyBalance(_Balance):
         )
 
     def forward(self, teacher_logits: Sequence[Tensor]) -> Tensor:
+        """K teacher logits [..., C] -> temperatures [K], float64; in ``train()`` one step."""
         teachers = _check_teachers("EntropyBalance", teacher_logits, self.temperatures)
         if not self.training:
             return self.temperatures.clone()
@@ -301,6 +302,7 @@ class NormalizationLossBalance(_Balance):
 
     @torch.no_grad()
     def forward(self, losses: Tensor) -> Tensor:
+        """Losses [K] -> weights [K], float64; in ``train()`` one step."""
         op = "NormalizationLossBalance"
         check_floating(op, "losses", losses)
         if losses.shape != self.weights.shape:
@@ -485,6 +487,7 @@ class BMTARDLoss(_Balance):
             self._held = None
 
     def forward(self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor]) -> Tensor:
+        """K student and K teacher logits [..., C] -> the loss, 0-d; in ``train()`` one step."""
         state = self.state()
         if self._held is None or not self.training:
             return self._loss(student_logits, teacher_logits, state, self.training)
@@ -585,7 +588,8 @@ class BMTARDLoss(_Balance):
     def extra_repr(self) -> str:
         return (
             f"{len(self.weights)}, balance={self.balance!r}, "
-            f"temperature_bounds={self.temperature_bounds}, reduction={self.reduction!r}"
+            f"temperature_bounds={self.temperature_bounds}, reduction={self.reduction!r}, "
+            f"eps={self.eps}"
         )
 
 

@@ -30,6 +30,7 @@ class BalanceStatus(enum.IntEnum):
     """What a step of the balance did to its state."""
 
     UPDATED = 0
+    """As it should."""
     SKIPPED_NON_FINITE = 1
     """A loss or an entropy was not finite: the state is as it was before."""
     TARGET_OUT_OF_BOUNDS = 2

@@ -25,8 +25,8 @@ autodoc_typehints = "none"  # the signature shows them
 maximum_signature_line_length = 80
 suppress_warnings = ["myst.header"]  # an included file begins with its own title
 
-# <!-- include PATH --> stands for a file of the repository, with its links made those of the page.
-INCLUDE = re.compile(r"<!-- include (\S+) -->")
+# A link marked so stands for its file on the site, where the file's links are made those of the page.
+INCLUDE = re.compile(r"\[[^\]]+\]\((\S+)\) <!-- include -->")
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -70,14 +70,14 @@ def demoted(text: str) -> str:
 
 def read(app, name: str, content: list[str]) -> None:
     where = pages()
-
-    def include(match: re.Match[str]) -> str:
-        path = (DOCS / match[1]).resolve()
+    before, *others = INCLUDE.split(content[0])
+    parts = [linked(before, DOCS, where)]
+    for name, after in zip(others[::2], others[1::2], strict=True):
+        path = (DOCS / name).resolve()
         app.env.note_dependency(str(path))  # so that a change of it is built
         text = linked(path.read_text(), path.parent, where)
-        return text if match.start() == 0 else demoted(text)
-
-    content[0] = INCLUDE.sub(include, linked(content[0], DOCS, where))
+        parts += [demoted(text) if before else text, linked(after, DOCS, where)]
+    content[0] = "".join(parts)
 
 
 def plain(app, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
