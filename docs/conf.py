@@ -25,7 +25,7 @@ autodoc_typehints = "none"  # the signature shows them
 maximum_signature_line_length = 80
 suppress_warnings = ["myst.header"]  # an included file begins with its own title
 
-# A link marked so stands for its file on the site, where the file's links are made those of the page.
+# A link marked so stands for its file on the site, where that file's links are made the page's.
 INCLUDE = re.compile(r"\[[^\]]+\]\((\S+)\) <!-- include -->")
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?\)")
 
