@@ -120,7 +120,8 @@ def _evaluate(arguments: list[str]) -> None:
     for name, value in summary["weighted_robust_accuracy"].items():
         print(f"weighted, {name:14}{100 * value:6.2f} %")
     if summary["sanity"]:
-        print("\nIs it to be believed?")
+        images = summary["sanity"]["images"]
+        print(f"\nIs it to be believed? Of the {images} images looked at, all classified right:")
         for check in summary["sanity"]["checks"]:
             print(f"  {'ok ' if check['passed'] else 'NO '} {check['sentence']}")
         print(summary["sanity"]["verdict"].partition(". ")[0].rstrip(".") + ".")

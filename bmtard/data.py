@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from bmtard._library import warn
 from bmtard.extras import import_extra
 from bmtard.types import WHOLE, Share
 
@@ -328,7 +329,8 @@ def load_tiny_imagenet(folder: Path) -> ImageData:
 def load_folder(folder: Path) -> ImageData:
     """Images of one size in ``train/CLASS/`` and ``test/CLASS/`` (or ``val/CLASS/``), read as RGB.
 
-    The classes are numbered in the order of their names, and every one has training images.
+    The classes are numbered in the order of their names, and every one has training images. The
+    order of the images mixes the classes, and is always the same.
     """
     train = folder / "train"
     test = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
@@ -352,8 +354,21 @@ def load_folder(folder: Path) -> ImageData:
             items += [(file, label) for file in found]
         if not items:
             raise FileNotFoundError(f"no image ({', '.join(IMAGE_SUFFIXES)}) in {place}")
+        if unseen := set(range(len(names))) - {label for _, label in items}:
+            missing = ", ".join(names[label] for label in sorted(unseen))
+            warn(f"{place} has no image of {missing}: the test says nothing of that", UserWarning)
         splits.append(items)
     return _image_files(f"folder:{folder}", splits[0], splits[1], len(names))
+
+
+def _mixing(labels: Tensor) -> Tensor:
+    """An order for images with these labels [N]: their own, but a fixed random one if it sorts them.
+
+    A limit takes the first images, which shall be of all classes.
+    """
+    if bool((labels[1:] < labels[:-1]).any()):
+        return torch.arange(len(labels))
+    return torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
 
 
 def _image_files(
@@ -362,16 +377,21 @@ def _image_files(
     """Data of image files and their labels."""
     size: tuple[int, int] | None = None
     images: list[Tensor] = []
+    labels: list[Tensor] = []
     for items in (train, test):
-        files = ((str(path), _read_bytes(path)) for path, _ in items)
+        given = torch.tensor([label for _, label in items])
+        order = _mixing(given)
+        paths = [items[index][0] for index in order.tolist()]
+        files = ((str(path), _read_bytes(path)) for path in paths)
         images.append(_decode(len(items), files, size))
+        labels.append(given[order])
         size = (images[0].shape[3], images[0].shape[2])
     return ImageData(
         name=name,
         train_images=images[0],
-        train_labels=torch.tensor([label for _, label in train]),
+        train_labels=labels[0],
         test_images=images[1],
-        test_labels=torch.tensor([label for _, label in test]),
+        test_labels=labels[1],
         num_classes=num_classes,
     )
 
@@ -415,8 +435,9 @@ def from_dataset(
                 )
         if not pixels:
             raise ValueError(f"from_dataset: {split} is empty")
-        images.append(torch.stack(pixels))
-        labels.append(torch.tensor(targets))
+        order = _mixing(torch.tensor(targets))
+        images.append(torch.stack(pixels)[order])
+        labels.append(torch.tensor(targets)[order])
     return ImageData(
         name=name,
         train_images=images[0],
@@ -632,12 +653,13 @@ def _load_jpeg_npz(name: str, path: Path, test: str) -> ImageData:
         )
         splits.append(_decode(len(target), files, size))
         size = (splits[0].shape[3], splits[0].shape[2])
+    orders = [_mixing(one) for one in labels]
     return ImageData(
         name=name,
-        train_images=splits[0],
-        train_labels=labels[0],
-        test_images=splits[1],
-        test_labels=labels[1],
+        train_images=splits[0][orders[0]],
+        train_labels=labels[0][orders[0]],
+        test_images=splits[1][orders[1]],
+        test_labels=labels[1][orders[1]],
         num_classes=num_classes,
     )
 

@@ -10,6 +10,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from bmtard._library import warn
 from bmtard.data import ImageData
 from bmtard.models import check_model_name
 from bmtard.models.checkpoints import load_pretrained
@@ -49,7 +50,14 @@ class Teacher:
         """The network, frozen, in eval mode. Raises FileNotFoundError or ValueError."""
         if self.architecture is None:
             network, state = checkpoint.load_network(self.path, device)
-            trained = state.get("config", {}).get("data")
+            config = state.get("config", {})
+            trained = config.get("data")
+            if self.role == "robust" and config.get("method") == "natural":
+                warn(
+                    f"teacher robust {self.path} was trained on clean images alone; are the "
+                    "teachers swapped?",
+                    UserWarning,
+                )
             if trained != data_name:
                 raise ValueError(
                     f"teacher {self.role} {self.path} was trained on {trained}, "

@@ -316,7 +316,7 @@ class Trainer:
             steps=steps,
             ranks=self.ranks,
             progress=lambda name, done, total: self.progress.within(
-                self.batch / len(self.batches), f"{name} {100 * done / total:.0f} %"
+                self.batch / len(self.batches), f"{name}, {100 * done / total:.0f} % done"
             ),
         )
 

@@ -247,13 +247,33 @@ def test_folder(tmp_path: Path, test: str) -> None:
     write_image(tmp_path / test / "dog" / "c.webp", first, lossless=True)
     (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
     (tmp_path / "train" / "README").write_text("no class")
-    loaded = data.load(f"folder:{tmp_path}")
+    with pytest.warns(UserWarning, match=rf"{test} has no image of cat: the test says nothing"):
+        loaded = data.load(f"folder:{tmp_path}")
     assert loaded.num_classes == 2
-    assert loaded.train_labels.tolist() == [0, 0, 1]  # cat before dog
-    expected = [np.stack([gray] * 3, 2), second, first]
-    assert np.array_equal(loaded.train_images.permute(0, 2, 3, 1).numpy(), np.stack(expected))
+    assert sorted(loaded.train_labels.tolist()) == [0, 0, 1]
+    images = loaded.train_images.permute(0, 2, 3, 1).numpy()
+    for pixels, label in ((np.stack([gray] * 3, 2), 0), (second, 0), (first, 1)):  # cat, then dog
+        (place,) = [k for k, image in enumerate(images) if np.array_equal(image, pixels)]
+        assert loaded.train_labels[place] == label
     assert loaded.test_labels.tolist() == [1, 1]
-    assert np.array_equal(loaded.test_images[1].permute(1, 2, 0).numpy(), first)
+
+
+def test_the_first_images_are_of_all_classes(tmp_path: Path) -> None:
+    """Folders and data sets that are sorted by class are mixed, each image with its label."""
+    for label in range(3):
+        for k in range(20):
+            pixels = np.full((2, 2, 3), 20 * label + k, np.uint8)
+            for split in ("train", "test"):
+                write_image(tmp_path / split / f"c{label}" / f"{k:02}.png", pixels)
+    folder = data.load(f"folder:{tmp_path}")
+    ordered = [(torch.full((3, 2, 2), k, dtype=torch.uint8), k // 20) for k in range(60)]
+    for loaded in (folder, data.from_dataset(ordered, ordered)):
+        assert loaded.train_labels[:20].bincount(minlength=3).min() >= 3
+        assert torch.equal(loaded.train_images[:, 0, 0, 0] // 20, loaded.train_labels)
+        assert torch.equal(loaded.train_labels, loaded.test_labels)
+        assert sorted(loaded.train_images[:, 0, 0, 0].tolist()) == list(range(60))
+    mixed = [ordered[0], ordered[40], ordered[20]]  # stays as it is
+    assert data.from_dataset(mixed, mixed).train_labels.tolist() == [0, 2, 1]
 
 
 def test_folders_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,6 +297,7 @@ def test_folders_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write_image(tmp_path / "train" / "a" / "1.png", pixels)
     fails(FileNotFoundError, r"no image \(.jpg, .* in .*test")
     write_image(tmp_path / "test" / "b" / "1.png", pixels)
+    write_image(tmp_path / "test" / "a" / "1.png", pixels)
     fails(ValueError, r"test/b is no class of .*train")
     write_image(tmp_path / "train" / "b" / "2.png", pixels[:, :8])
     fails(ValueError, r"b/2.png is 8x6, the images before it 9x6: all must have one size")
@@ -285,7 +306,7 @@ def test_folders_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     fails(ValueError, r"test/b/1.png is 9x5, the images before it 9x6")
     file = tmp_path / "test" / "b" / "1.png"
     write_image(file, pixels)
-    assert len(data.load(name).test_labels) == 1
+    assert len(data.load(name).test_labels) == 2
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     fails(ValueError, r"test/b/1.png is not a complete image")

@@ -215,6 +215,14 @@ def test_published_teachers_teach(
         Trainer(replace(config, teacher=(text,), overwrite=True), quiet, stripes)
 
 
+def test_swapped_teachers_are_warned_of(
+    config: TrainConfig, digits: ImageData, teachers: dict[str, Path], quiet: Any
+) -> None:
+    swapped = {"teacher_clean": teachers["robust"], "teacher_robust": teachers["clean"]}
+    with pytest.warns(UserWarning, match=r"teacher robust .* clean images alone; .* swapped\?"):
+        Trainer(replace(config, method="bmtard", **swapped), quiet, digits)
+
+
 def test_evaluate_data_from_python(
     config: TrainConfig, stripes: ImageData, tmp_path: Path, quiet: Any
 ) -> None:
