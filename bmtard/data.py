@@ -362,7 +362,7 @@ def load_folder(folder: Path) -> ImageData:
 
 
 def _mixing(labels: Tensor) -> Tensor:
-    """An order for images with these labels [N]: their own, but a fixed random one if it sorts them.
+    """An order of images with these labels [N]: their own, or a fixed random one if it is sorted.
 
     A limit takes the first images, which shall be of all classes.
     """
