@@ -17,11 +17,12 @@ STABLE_TORCH_LIBRARY(bmtard, m) {
       "softmax_entropy_backward(Tensor grad_entropy, Tensor logits, Tensor? temperature, "
       "float temperature_value, Tensor entropy, Tensor statistics, bool wants_logits, "
       "bool wants_temperature) -> (Tensor, Tensor)");
-  // -> temperature, entropy, slope (by log temperature): acc [] or [N]; status, iterations: int32
+  // `target_entropy` None: `target_value`, on the CPU alone -> temperature, entropy, slope (by log
+  // temperature): acc [] or [N]; status, iterations: int32
   m.def(
-      "bisect_temperature(Tensor logits, Tensor target_entropy, Tensor? initial, float low, "
-      "float high, bool per_sample, float tolerance, int max_iterations, bool bisection) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bisect_temperature(Tensor logits, Tensor? target_entropy, float target_value, "
+      "Tensor? initial, float low, float high, bool per_sample, float tolerance, "
+      "int max_iterations, bool bisection) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // lists of K or 1 [N, C]; temperature float64 [] or [K] -> kl acc [K, N], statistics [5, K, N]
   m.def(
       "multi_teacher_kl(Tensor[] student_logits, Tensor[] teacher_logits, Tensor? temperature, "

@@ -100,14 +100,17 @@ def test_layouts(device, path, per_sample, layout):
         torch.testing.assert_close(actual, expected)
 
 
-def test_per_sample_with_one_target_equals_a_target_for_each(device, path):
-    logits = randn(9, 10, device=device)
-    one = bmtard.bisect_temperature(logits, 1.2, per_sample=True)
-    each = bmtard.bisect_temperature(
-        logits, torch.full((9,), 1.2, dtype=torch.float64, device=device), per_sample=True
-    )
-    for a, b in zip(one, each, strict=True):
-        assert torch.equal(a, b)
+@pytest.mark.parametrize(("per_sample", "shape"), [(False, ()), (True, ()), (True, (9,))])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_number_as_target_is_a_tensor_of_it(device, path, dtype, per_sample, shape):
+    target = torch.full(shape, 1.2, dtype=accumulation(dtype), device=device)
+    results = []
+    for value in (1.2, target):
+        logits = leaf(randn(9, 10, dtype=dtype, device=device))
+        found = bmtard.bisect_temperature(logits, value, per_sample=per_sample)
+        found.temperature.sum().backward()
+        results.append((*found, logits.grad))
+    assert all(map(torch.equal, *results))
 
 
 def test_two_classes_in_closed_form(device, path):

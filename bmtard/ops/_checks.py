@@ -31,7 +31,8 @@ def is_number(value: object) -> bool:
 
 def is_integer(value: object) -> bool:
     """Whether ``value`` is an integer of Python or NumPy, and no bool."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    # int first, because numbers.Integral takes longer.
+    return isinstance(value, (int, numbers.Integral)) and not isinstance(value, bool)
 
 
 def check_temperature(op: str, name: str, value: float) -> None:
@@ -93,7 +94,7 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
 
 def is_distributed(tensor: Tensor) -> bool:
     """Whether ``tensor`` is a DTensor, told by its class: torch may lack torch.distributed."""
-    return hasattr(type(tensor), "full_tensor")
+    return type(tensor) is not Tensor and hasattr(type(tensor), "full_tensor")
 
 
 def check_logits(op: str, name: str, logits: Tensor) -> None:

@@ -113,15 +113,16 @@ def scalar(number: float, dtype: torch.dtype, like: Tensor) -> Tensor:
     return torch.full((), float(number), dtype=dtype, device=like.device)
 
 
-def split(
-    temperature: float | Tensor, dtype: torch.dtype, like: Tensor
-) -> tuple[Tensor | None, float]:
-    """The two arguments that a compiled op takes for a temperature; a tensor has precedence."""
-    if isinstance(temperature, Tensor):
-        return temperature.to(dtype), 0.0
-    if varies(temperature):
-        return scalar(temperature, dtype, like), 0.0
-    return None, float(temperature)
+def as_tensor(value: float | Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A number as :func:`scalar` makes it, or a tensor of another dtype."""
+    return value.to(dtype) if isinstance(value, Tensor) else scalar(value, dtype, like)
+
+
+def split(value: float | Tensor, dtype: torch.dtype, like: Tensor) -> tuple[Tensor | None, float]:
+    """The two arguments that a compiled op takes for a value; a tensor has precedence."""
+    if isinstance(value, Tensor) or varies(value):
+        return as_tensor(value, dtype, like), 0.0
+    return None, float(value)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

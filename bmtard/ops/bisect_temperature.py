@@ -19,6 +19,7 @@ from bmtard.ops._checks import (
 )
 from bmtard.ops._dispatch import (
     NoDoubleBackward,
+    as_tensor,
     fake_rows,
     flat,
     in_transform,
@@ -28,7 +29,7 @@ from bmtard.ops._dispatch import (
     rows_of,
     save,
     saved,
-    scalar,
+    split,
     use_native,
     wants_gradient,
 )
@@ -79,7 +80,6 @@ def bisect_temperature(
     """
     op = "bisect_temperature"
     check_logits(op, "logits", logits)
-    rows_shape = logits.shape[:-1] if per_sample else torch.Size(())
     low, high = check_bounds(op, bounds)
     if not (is_number(tolerance) and 0 <= tolerance < math.inf):
         raise ValueError(f"{op}: tolerance must be finite and >= 0, got {tolerance!r}")
@@ -90,20 +90,23 @@ def bisect_temperature(
     if method not in ("halley", "bisection"):
         raise ValueError(f"{op}: method must be 'halley' or 'bisection', got {method!r}")
     dtype = accumulation_dtype(logits.dtype)
-    target = _per_row(op, "target_entropy", target_entropy, logits, rows_shape, dtype)
+    _check_per_row(op, "target_entropy", target_entropy, logits, per_sample)
     start = None
     if initial is not None:
         if not isinstance(initial, Tensor):
             check_temperature(op, "initial", initial)
-        start = _per_row(op, "initial", initial, logits, rows_shape, dtype).detach()
+        _check_per_row(op, "initial", initial, logits, per_sample)
+        start = as_tensor(initial, dtype, logits).detach()
 
     if not use_native(logits):
+        target = as_tensor(target_entropy, dtype, logits)
         transform = in_transform()
         newton_steps = 1 if wants_gradient(logits, target) else 0
         if transform:
             # n steps have the derivatives up to the order 2^n - 1. Each transform may take one;
             # so may a dual level and autograd around them.
             newton_steps = (_transforms() + 2).bit_length()
+        rows_shape = _rows_shape(logits, per_sample)
         expand = (lambda t: t.expand(rows_shape).flatten()) if per_sample else (lambda t: t)
         found = reference.bisect_temperature(
             rows_of(logits),
@@ -120,14 +123,22 @@ def bisect_temperature(
         if temperature.requires_grad and not transform:
             temperature = _OnceDifferentiable.apply(op, temperature, logits, target)
         return TemperatureSearch(temperature, *rest)
+    if logits.is_cpu:
+        tensor, value = split(target_entropy, dtype, logits)
+    else:  # the kernel reads it on the device
+        tensor, value = as_tensor(target_entropy, dtype, logits), 0.0
     arguments = (
         low, high, bool(per_sample), float(tolerance), int(max_iterations), method == "bisection",
     )  # fmt: skip
-    if wants_gradient(logits, target):
-        return TemperatureSearch(*_BisectTemperature.apply(logits, target, start, *arguments))
-    fields = native.bisect_temperature(rows_of(logits), flat(target), flat(start), *arguments)
+    if wants_gradient(logits, tensor):
+        return TemperatureSearch(
+            *_BisectTemperature.apply(logits, tensor, value, start, *arguments)
+        )
+    fields = native.bisect_temperature(
+        rows_of(logits), flat(tensor), value, flat(start), *arguments
+    )
     if per_sample and logits.dim() != 2:
-        fields = [field.view(rows_shape) for field in fields]
+        fields = [field.view(logits.shape[:-1]) for field in fields]
     temperature, entropy, _, status, iterations = fields
     return TemperatureSearch(temperature, entropy, status, iterations)
 
@@ -143,35 +154,40 @@ def _transforms() -> int:
 _transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _per_row(
-    op: str,
-    name: str,
-    value: float | Tensor,
-    logits: Tensor,
-    rows_shape: torch.Size,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Returns ``value`` as a tensor of shape ``rows_shape`` or 0-d."""
+def _rows_shape(logits: Tensor, per_sample: bool) -> torch.Size:
+    """Of the results."""
+    return logits.shape[:-1] if per_sample else torch.Size(())
+
+
+def _check_per_row(
+    op: str, name: str, value: float | Tensor, logits: Tensor, per_sample: bool
+) -> None:
+    """For a number, or a tensor that is 0-d or has the shape of the results."""
     if not isinstance(value, Tensor):
         if not is_number(value):
             raise TypeError(
                 f"{op}: {name} must be a number or a tensor, got {type(value).__name__}"
             )
-        return scalar(value, dtype, logits)
+        return
     check_companion(op, name, value, logits)
+    rows_shape = _rows_shape(logits, per_sample)
     if value.dim() and value.shape != rows_shape:
         wanted = f"a float, 0-d or {list(rows_shape)}" if rows_shape else "a float or 0-d"
         raise ValueError(f"{op}: {name} must be {wanted}, got {list(value.shape)}")
-    return value.to(dtype)
 
 
 class _BisectTemperature(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, initial: Tensor | None, *arguments: Any
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor | None,
+        value: float,
+        initial: Tensor | None,
+        *arguments: Any,
     ) -> Any:
         temperature, entropy, slope, status, iterations = native.bisect_temperature(
-            rows_of(logits), flat(target), flat(initial), *arguments
+            rows_of(logits), flat(target), value, flat(initial), *arguments
         )
         ctx.per_sample = arguments[2]
         save(ctx, logits, target, temperature, slope, status)
@@ -200,7 +216,7 @@ class _BisectTemperature(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_target = by_target.sum() if target.dim() == 0 else by_target
             grad_target = grad_target.view(target.shape)
-        return (grad_logits, grad_target, *(None,) * 7)
+        return (grad_logits, grad_target, *(None,) * 8)
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -222,7 +238,8 @@ class _OnceDifferentiable(torch.autograd.Function):
 @register_fake("bisect_temperature")
 def _(
     logits: Tensor,
-    target: Tensor,
+    target: Tensor | None,
+    value: float,
     initial: Tensor | None,
     low: float,
     high: float,

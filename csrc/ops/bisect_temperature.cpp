@@ -1,17 +1,25 @@
+#include <cmath>
+
 #include "ops.h"
 
 namespace bmtard {
 namespace ops {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bisect_temperature(
-    const Tensor& logits, const Tensor& target_entropy, const std::optional<Tensor>& initial,
-    double low, double high, bool per_sample, double tolerance, int64_t max_iterations,
-    bool bisection) {
+    const Tensor& logits, const std::optional<Tensor>& target_entropy, double target_value,
+    const std::optional<Tensor>& initial, double low, double high, bool per_sample,
+    double tolerance, int64_t max_iterations, bool bisection) {
   const Rows rows(logits);
   const int64_t n = logits.size(0);
   const int64_t searches = per_sample ? n : 1;
   const ScalarType type = accumulation_type(logits);
-  const Values target = values(target_entropy, logits, type, searches);
+  STD_TORCH_CHECK(target_entropy || !logits.is_cuda(), "expected a target on the device");
+  const float narrow = static_cast<float>(target_value);
+  const bool is_double = type == ScalarType::Double;
+  STD_TORCH_CHECK(is_double || std::isinf(narrow) == std::isinf(target_value),
+                  "value cannot be converted to type float without overflow");  // torch's words
+  const Values number{is_double ? static_cast<const void*>(&target_value) : &narrow};
+  const Values target = target_entropy ? values(*target_entropy, logits, type, searches) : number;
   const Values start = values(initial, logits, type, searches);
   const auto result = [&](ScalarType of) {
     return per_sample ? empty<1>({n}, of, logits) : empty<0>({}, of, logits);
@@ -35,8 +43,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bisect_temperature(
   args.slope = slope.data_ptr();
   args.status = static_cast<int32_t*>(status.data_ptr());
   args.iterations = static_cast<int32_t*>(iterations.data_ptr());
-  const Tensor memory = BMTARD_WORKSPACE(bisect_temperature, logits, args);
-  args.workspace = memory.data_ptr();
+  const Workspace memory = BMTARD_WORKSPACE(bisect_temperature, logits, args);
+  args.workspace = memory.data();
   BMTARD_LAUNCH(bisect_temperature, logits, args);
   return {temperature, entropy, slope, status, iterations};
 }

@@ -56,8 +56,8 @@ std::tuple<Tensor, Tensor> bmtard_loss(const Tensors& student, const Tensors& te
   for (int64_t k = 0; wants_grad && k < count; ++k) {
     args.grad_student[k] = static_cast<char*>(grads.data_ptr()) + k * gradient_bytes;
   }
-  const Tensor memory = BMTARD_WORKSPACE(bmtard_loss, first, args);
-  args.workspace = memory.data_ptr();
+  const Workspace memory = BMTARD_WORKSPACE(bmtard_loss, first, args);
+  args.workspace = memory.data();
   BMTARD_LAUNCH(bmtard_loss, first, args);
   return {loss, grads};
 }

@@ -20,9 +20,9 @@ std::tuple<Tensor, Tensor> softmax_entropy_backward(const Tensor& grad_entropy,
                                                     bool wants_temperature);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bisect_temperature(
-    const Tensor& logits, const Tensor& target_entropy, const std::optional<Tensor>& initial,
-    double low, double high, bool per_sample, double tolerance, int64_t max_iterations,
-    bool bisection);
+    const Tensor& logits, const std::optional<Tensor>& target_entropy, double target_value,
+    const std::optional<Tensor>& initial, double low, double high, bool per_sample,
+    double tolerance, int64_t max_iterations, bool bisection);
 
 std::tuple<Tensor, Tensor> multi_teacher_kl(const Tensors& student, const Tensors& teacher,
                                             const std::optional<Tensor>& temperature,

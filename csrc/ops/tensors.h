@@ -188,9 +188,17 @@ Tensor empty(const std::array<int64_t, dims>& sizes, ScalarType type, const Tens
   return made;
 }
 
-inline Tensor workspace(size_t bytes, const Tensor& beside) {
-  return empty<1>({static_cast<int64_t>(bytes)}, ScalarType::Byte, beside);
-}
+// Memory for one launch. None costs nothing.
+class Workspace {
+ public:
+  Workspace(size_t bytes, const Tensor& beside) {
+    if (bytes) tensor_ = empty<1>({static_cast<int64_t>(bytes)}, ScalarType::Byte, beside);
+  }
+  void* data() const { return tensor_ ? tensor_->data_ptr() : nullptr; }
+
+ private:
+  std::optional<Tensor> tensor_;
+};
 
 // --- Launching -------------------------------------------------------------------------------
 
@@ -217,10 +225,10 @@ void launch_cuda(const Tensor& on, const Args& args, int (*kernel)(const Args&, 
     cpu::kernels().op(args, ops::parallel_for); \
   }
 #define BMTARD_WORKSPACE(op, on, args) \
-  ops::workspace((on).is_cuda() ? cuda::op##_workspace(args) : cpu::op##_workspace(args), on)
+  ops::Workspace((on).is_cuda() ? cuda::op##_workspace(args) : cpu::op##_workspace(args), on)
 #else
 #define BMTARD_LAUNCH(op, on, args) cpu::kernels().op(args, ops::parallel_for)
-#define BMTARD_WORKSPACE(op, on, args) ops::workspace(cpu::op##_workspace(args), on)
+#define BMTARD_WORKSPACE(op, on, args) ops::Workspace(cpu::op##_workspace(args), on)
 #endif
 
 }  // namespace ops
