@@ -23,23 +23,24 @@ STABLE_TORCH_LIBRARY(bmtard, m) {
       "bisect_temperature(Tensor logits, Tensor? target_entropy, float target_value, "
       "Tensor? initial, float low, float high, bool per_sample, float tolerance, "
       "int max_iterations, bool bisection) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // lists of K or 1 [N, C]; temperature float64 [] or [K] -> kl acc [K, N], statistics [5, K, N]
+  // lists of K or 1 [N, C]; temperature float64 [] or [K]; reduction: see ops.h, 0 on CUDA
+  // -> kl acc [K, N], or [K] if it is reduced, statistics [5, K, N]
   m.def(
       "multi_teacher_kl(Tensor[] student_logits, Tensor[] teacher_logits, Tensor? temperature, "
-      "float temperature_value, float student_temperature, float eps, bool with_statistics) "
-      "-> (Tensor, Tensor)");
+      "float temperature_value, float student_temperature, float eps, int reduction, "
+      "bool with_statistics) -> (Tensor, Tensor)");
   // As above, K students; coefficient = dL/dKL acc [K, N] or [K] -> kl, d L / d student k [N, C]
   m.def(
       "multi_teacher_kl_with_gradients(Tensor[] student_logits, Tensor[] teacher_logits, "
       "Tensor? temperature, float temperature_value, float student_temperature, float eps, "
       "Tensor coefficient) -> (Tensor, Tensor[])");
-  // grad_kl acc [K, N], or [K] for all rows; wants_*: bit k for list entry k -> the wanted
-  // gradients [N, C], and by temperature [K, N]
+  // grad_kl acc [K, N], or [K] for all rows or if kl was reduced; wants_*: bit k for list entry k
+  // -> the wanted gradients: of students and teachers [N, C], of the temperature acc [K, N]
   m.def(
       "multi_teacher_kl_backward(Tensor grad_kl, Tensor[] student_logits, "
       "Tensor[] teacher_logits, Tensor? temperature, float temperature_value, "
-      "float student_temperature, float eps, Tensor statistics, int wants_students, "
-      "int wants_teachers, bool wants_temperature) -> (Tensor[], Tensor[], Tensor)");
+      "float student_temperature, float eps, int reduction, Tensor statistics, "
+      "int wants_students, int wants_teachers, bool wants_temperature) -> Tensor[]");
   // State float64 [K] and []; step int64 [], status int32 [] -> loss acc [], gradients [K, N, C]
   m.def(
       "bmtard_loss(Tensor[] student_logits, Tensor[] teacher_logits, Tensor(a!) temperatures, "

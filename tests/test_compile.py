@@ -364,15 +364,17 @@ def registered(device, dtype):
         for temperature in (None, double[0].clone(), double):
             value = 2.0 if temperature is None else 0.0
             options = (temperature, value, 1.0, 1e-5)
-            yield "multi_teacher_kl", (students, teachers, *options, False)
-            arguments = (students, teachers, *options, True)
-            yield "multi_teacher_kl", arguments
-            losses, statistics = torch.ops.bmtard.multi_teacher_kl(*arguments)
-            for wants_s, wants_t in ((0b1, 0b0), ((1 << len(students)) - 1, 0b1)):
-                yield "multi_teacher_kl_backward", (
-                    losses, students, teachers, *options, statistics, wants_s, wants_t,
-                    temperature is not None,
-                )  # fmt: skip
+            yield "multi_teacher_kl", (students, teachers, *options, 0, False)
+            # On CUDA torch does the reduction.
+            for reduction in range(5) if on_cpu and temperature is None else (0,):
+                arguments = (students, teachers, *options, reduction, True)
+                yield "multi_teacher_kl", arguments
+                losses, statistics = torch.ops.bmtard.multi_teacher_kl(*arguments)
+                for wants_s, wants_t in ((0b1, 0b0), ((1 << len(students)) - 1, 0b1)):
+                    yield "multi_teacher_kl_backward", (
+                        losses, students, teachers, *options, reduction, statistics, wants_s,
+                        wants_t, temperature is not None,
+                    )  # fmt: skip
             if len(students) == len(teachers):
                 coefficient = torch.full((1, 1), 0.5, dtype=acc, device=device).expand(2, 8)
                 yield "multi_teacher_kl_with_gradients", (

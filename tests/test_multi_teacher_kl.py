@@ -618,6 +618,32 @@ def test_backward_scales_with_the_incoming_gradient_and_repeats(device, path):
         torch.testing.assert_close(first[k], incoming[k] * ones[k])
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean", "weighted_mean"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_incoming_gradient_of_any_stride(device, path, dtype, reduction):
+    students, teachers = draw((5, 10), device=device, dtype=dtype)
+    students = [leaf(s) for s in students]
+    losses = bmtard.multi_teacher_kl(students, teachers, 1.5, reduction=reduction)
+    incoming = torch.tensor([0.5, 3.0, -2.0], dtype=losses.dtype, device=device)
+    for grad in (incoming[::2], incoming[:1].expand(2)):
+        actual = torch.autograd.grad(losses, students, grad, retain_graph=True)
+        expected = torch.autograd.grad(losses, students, grad.clone(), retain_graph=True)
+        assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_cpu_adds_rows_in_double(grad):
+    oracles.require_native()
+    students, teachers = draw((4099, 3), dtype=torch.float32)
+    students = [s.requires_grad_(grad) for s in students]
+    rows = bmtard.multi_teacher_kl(students, teachers, 2.0, reduction="none").double()
+    for reduction, divisor in (("sum", 1), ("mean", 4099 * 3), ("batchmean", 4099)):
+        actual = bmtard.multi_teacher_kl(students, teachers, 2.0, reduction=reduction)
+        torch.testing.assert_close(
+            actual, (rows.sum(1) / divisor).float(), rtol=torch.finfo(torch.float32).eps, atol=0
+        )
+
+
 def test_same_tensor_on_both_sides(device, path):
     logits = randn(5, 4, device=device).requires_grad_()
     assert gradcheck(lambda z: bmtard.multi_teacher_kl([z, 2 * z], [z * z, z], 2.0), (logits,))

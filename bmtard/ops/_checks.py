@@ -120,9 +120,10 @@ def check_pair(
 
     All tensors must have one shape and device. Different dtypes are promoted.
     """
-    given = [[x] if isinstance(x, Tensor) else x for x in (student_logits, teacher_logits)]
-    if _alike(*given):
-        return list(given[0]), list(given[1])
+    students: Any = [student_logits] if isinstance(student_logits, Tensor) else student_logits
+    teachers: Any = [teacher_logits] if isinstance(teacher_logits, Tensor) else teacher_logits
+    if _alike(students, teachers):
+        return list(students), list(teachers)
     sides: list[list[Tensor]] = []
     first, same_dtype = None, True
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
@@ -183,7 +184,7 @@ def _alike(students: Any, teachers: Any) -> bool:
     if not (0 < k <= MAX_TEACHERS and 0 < n <= MAX_TEACHERS and (k == n or 1 in (k, n))):
         return False
     first = students[0]
-    return same_kind(first, (*students, *teachers)) and bool(first.shape) and first.shape[-1] > 0
+    return same_kind(first, (*students, *teachers)) and first.dim() > 0 and first.shape[-1] > 0
 
 
 def same_kind(first: Any, tensors: Sequence[Any]) -> bool:
@@ -193,12 +194,11 @@ def same_kind(first: Any, tensors: Sequence[Any]) -> bool:
     shape, dtype, device = first.shape, first.dtype, first.device
     for tensor in tensors:
         if not (
-            isinstance(tensor, Tensor)
+            (type(tensor) is Tensor or (isinstance(tensor, Tensor) and not is_distributed(tensor)))
             and tensor.shape == shape
             and tensor.dtype is dtype
             and tensor.layout is torch.strided
             and tensor.device == device
-            and (type(tensor) is Tensor or not is_distributed(tensor))
         ):
             return False
     return True

@@ -213,6 +213,11 @@ def rows_of(logits: Tensor) -> Tensor:
     return logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
 
 
+def all_rows(logits: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The same for several of one shape."""
+    return logits if logits[0].dim() == 2 else [rows_of(x) for x in logits]
+
+
 def flat(tensor: Tensor | None) -> Tensor | None:
     """[...] -> [N]; a 0-d tensor stays 0-d."""
     return tensor if tensor is None or tensor.dim() < 2 else tensor.flatten()

@@ -12,6 +12,7 @@ from torch import Tensor
 from bmtard.ops._checks import check_pair
 from bmtard.ops._dispatch import (
     AttachGradients,
+    all_rows,
     derived,
     distinct,
     fake_rows,
@@ -20,7 +21,6 @@ from bmtard.ops._dispatch import (
     native,
     once_differentiable,
     register_fake,
-    rows_of,
     save,
     saved,
     times_incoming,
@@ -51,10 +51,10 @@ def bmtard_loss(
     Both sequences hold K tensors [..., C]. Updates ``state`` in place where ``update``. Returns
     the 0-d loss, differentiable once in the student logits.
     """
-    students, teachers = balanced_pairs(student_logits, teacher_logits, state.weights)
+    students, teachers = map(
+        all_rows, balanced_pairs(student_logits, teacher_logits, state.weights)
+    )
     first = students[0]
-    if first.dim() != 2:
-        students, teachers = [rows_of(s) for s in students], [rows_of(t) for t in teachers]
     wants_grad = wants_gradient(*students)
     inputs = (
         teachers, *state, update, mode == "sign", *bounds, temperature_momentum, loss_exponent,

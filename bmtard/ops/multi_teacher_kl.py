@@ -21,6 +21,7 @@ from bmtard.ops._checks import (
 )
 from bmtard.ops._dispatch import (
     AttachGradients,
+    all_rows,
     distinct,
     fake_rows,
     is_batched,
@@ -28,7 +29,6 @@ from bmtard.ops._dispatch import (
     once_differentiable,
     recordable,
     register_fake,
-    rows_of,
     save,
     saved,
     split,
@@ -38,6 +38,7 @@ from bmtard.ops._dispatch import (
 )
 from bmtard.reference import accumulation_dtype
 
+# In the order of csrc/ops/ops.h. Without sample weights, the last two are the same.
 _REDUCTIONS = ("none", "sum", "mean", "batchmean", "weighted_mean")
 
 
@@ -106,7 +107,6 @@ def multi_teacher_kl(
         student_temperature = _checked("student_temperature", student_temperature, first, count)
     check_eps(op, eps)
     eps = float(eps)
-    rows_shape = first.shape[:-1]
     if weight is not None:
         if not isinstance(weight, Tensor):
             if not (isinstance(weight, (list, tuple)) and all(map(is_number, weight))):
@@ -129,6 +129,7 @@ def multi_teacher_kl(
         if sample_weight.dtype == torch.bool:
             sample_weight = sample_weight.to(accumulation_dtype(first.dtype))
         check_companion(op, "sample_weight", sample_weight, first)
+        rows_shape = first.shape[:-1]
         if sample_weight.shape not in (rows_shape, (count, *rows_shape)):
             raise ValueError(
                 f"{op}: sample_weight must be {list(rows_shape)} or {[count, *rows_shape]}, "
@@ -165,17 +166,14 @@ def multi_teacher_kl(
             eps=eps,
             sample_weight=None
             if sample_weight is None
-            else sample_weight.view(len(sample_weight), *rows_shape),
+            else sample_weight.view(len(sample_weight), *first.shape[:-1]),
         )
         kl = _reduced(kl.reshape(count, rows), inner, first)
     else:
         tensor, value = split(temperature, torch.float64, first)
+        options = (value, student_temperature, eps)
         if not wants_gradient(tensor, *students, *teachers):
-            kl = native.multi_teacher_kl(
-                [rows_of(s) for s in students], [rows_of(t) for t in teachers],
-                tensor, value, student_temperature, eps, False,
-            )[0]  # fmt: skip
-            kl = _reduced(kl, inner, first)
+            kl, _ = _divergences(students, teachers, tensor, options, inner, False)
         elif (
             weight is not None
             and reduction != "none"
@@ -194,20 +192,17 @@ def multi_teacher_kl(
             if sample_weight is not None:
                 coefficient = coefficient * sample_weight
             kl, grads = native.multi_teacher_kl_with_gradients(
-                [rows_of(s.detach()) for s in students], [rows_of(t) for t in teachers],
-                tensor, value, student_temperature, eps, coefficient,
+                all_rows([s.detach() for s in students]), all_rows(teachers),
+                tensor, *options, coefficient,
             )  # fmt: skip
             if sample_weight is not None:
                 kl = _without_ignored(kl, sample_weight)
             loss = (kl * coefficient).sum()
-            return AttachGradients.apply(
-                op, loss, *grads, *distinct([rows_of(s) for s in students])
-            )
+            return AttachGradients.apply(op, loss, *grads, *distinct(all_rows(students)))
         else:
             kl = _MultiTeacherKL.apply(
-                tensor, value, student_temperature, eps, len(students), inner,
-                *distinct([*students, *teachers]),
-            )  # fmt: skip
+                tensor, (options, len(students), inner), *distinct([*students, *teachers])
+            )
 
     if sample_weight is not None:
         kl = _without_ignored(kl, sample_weight) * sample_weight
@@ -220,7 +215,7 @@ def multi_teacher_kl(
         # Not tensordot: autocast would run it in a half type.
         kl = (weight.view(count, *(1,) * (kl.dim() - 1)) * kl).sum(0)
     if reduction == "none" and first.dim() != 2:
-        kl = kl.reshape((*kl.shape[:-1], *rows_shape))
+        kl = kl.reshape((*kl.shape[:-1], *first.shape[:-1]))
     return kl
 
 
@@ -295,59 +290,72 @@ def _reduced(
     return total if reduction == "sum" else total / _divisor(reduction, logits, sample_weight)
 
 
+_Options = tuple[float, float, float]
+"""The temperature of the teachers (if there is no tensor), that of the student, and eps."""
+
+
+def _divergences(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    temperature: Tensor | None,
+    options: _Options,
+    reduction: str,
+    with_statistics: bool,
+) -> tuple[Tensor, Tensor]:
+    """[K], or [K, N] for "none", and the statistics. On CUDA torch does the reduction."""
+    on_cpu = students[0].is_cpu
+    kl, statistics = native.multi_teacher_kl(
+        all_rows(students), all_rows(teachers), temperature, *options,
+        _REDUCTIONS.index(reduction) if on_cpu else 0, with_statistics,
+    )  # fmt: skip
+    return kl if on_cpu else _reduced(kl, reduction, students[0]), statistics
+
+
 class _MultiTeacherKL(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         temperature: Tensor | None,
-        value: float,
-        student_temperature: float,
-        eps: float,
-        num_students: int,
-        reduction: str,
+        settings: tuple[_Options, int, str],
         *logits: Tensor,
     ) -> Tensor:
-        rows = [rows_of(x) for x in logits]
-        kl, statistics = native.multi_teacher_kl(
-            rows[:num_students], rows[num_students:],
-            temperature, value, student_temperature, eps, True,
-        )  # fmt: skip
-        ctx.options = (value, student_temperature, eps)
-        ctx.num_students, ctx.reduction = num_students, reduction
+        options, n, reduction = ctx.settings = settings
+        kl, statistics = _divergences(logits[:n], logits[n:], temperature, options, reduction, True)
         save(ctx, temperature, statistics, *logits)
-        return _reduced(kl, reduction, logits[0])
+        return kl
 
     @staticmethod
     @once_differentiable("multi_teacher_kl")
     def backward(ctx: Any, grad: Tensor) -> Any:
         temperature, statistics, *logits = saved(ctx)
-        wants_temperature, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
+        wants_temperature, _, *wants = ctx.needs_input_grad
         if not torch.compiler.is_compiling() and is_batched(grad):
             raise NotImplementedError(
                 "bmtard.multi_teacher_kl takes no batch of incoming gradients (is_grads_batched, "
                 "vectorize=True, vmap over backward); use torch.func.jacrev"
             )
-        n = ctx.num_students
-        rows = [rows_of(x) for x in logits]
-        if ctx.reduction not in ("none", "sum"):
+        options, n, reduction = ctx.settings
+        rows, on_cpu = all_rows(logits), logits[0].is_cpu
+        if not on_cpu and reduction not in ("none", "sum"):
             # From the shapes: torch.compile cannot keep a size that changes in ctx.
-            grad = grad / _divisor(ctx.reduction, rows[0])
-        grad_students, grad_teachers, grad_temperature = native.multi_teacher_kl_backward(
-            grad, rows[:n], rows[n:], temperature, *ctx.options, statistics,
-            _mask(wants[:n]), _mask(wants[n:]), wants_temperature,
+            grad = grad / _divisor(reduction, rows[0])
+        computed = iter(
+            native.multi_teacher_kl_backward(
+                grad, rows[:n], rows[n:], temperature, *options,
+                _REDUCTIONS.index(reduction) if on_cpu else 0, statistics,
+                _mask(wants[:n]), _mask(wants[n:]), wants_temperature,
+            )
         )  # fmt: skip
-        computed = iter([*grad_students, *grad_teachers])
-        grad_logits: list[Tensor | None] = [next(computed) if wanted else None for wanted in wants]
+        grad_logits = [next(computed) if wanted else None for wanted in wants]
         if logits[0].dim() != 2:
             shape = logits[0].shape
             grad_logits = [grad if grad is None else grad.view(shape) for grad in grad_logits]
-        if not wants_temperature:
-            grad_temperature = None
-        else:
-            grad_temperature = grad_temperature.sum(1).to(temperature.dtype)
+        grad_temperature = None
+        if wants_temperature:
+            grad_temperature = next(computed).sum(1).to(temperature.dtype)
             if temperature.dim() == 0:
                 grad_temperature = grad_temperature.sum()
-        return (grad_temperature, None, None, None, None, None, *grad_logits)
+        return (grad_temperature, None, *grad_logits)
 
 
 def _mask(wanted: Sequence[bool]) -> int:
@@ -367,11 +375,12 @@ def _(
     value: float,
     student_temperature: float,
     eps: float,
+    reduction: int,
     with_statistics: bool,
 ) -> Any:
     n, acc = fake_rows(students[0]), accumulation_dtype(students[0].dtype)
     k = max(len(students), len(teachers))
-    kl = students[0].new_empty((k, n), dtype=acc)
+    kl = students[0].new_empty((k,) if reduction else (k, n), dtype=acc)
     return kl, kl.new_empty((5, k, n) if with_statistics else (0,))
 
 
@@ -400,6 +409,7 @@ def _(
     value: float,
     student_temperature: float,
     eps: float,
+    reduction: int,
     statistics: Tensor,
     wants_students: int,
     wants_teachers: int,
@@ -407,8 +417,6 @@ def _(
 ) -> Any:
     n, c = fake_rows(students[0]), students[0].shape[1]
     k = max(len(students), len(teachers))
-    return (
-        [students[0].new_empty((n, c)) for _ in range(wants_students.bit_count())],
-        [teachers[0].new_empty((n, c)) for _ in range(wants_teachers.bit_count())],
-        grad.new_empty((k, n) if wants_temperature else (0, n)),
-    )
+    count = wants_students.bit_count() + wants_teachers.bit_count()
+    grads = [students[0].new_empty((n, c)) for _ in range(count)]
+    return [*grads, grad.new_empty((k, n))] if wants_temperature else grads

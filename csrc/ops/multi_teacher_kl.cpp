@@ -4,18 +4,68 @@ namespace bmtard {
 namespace ops {
 namespace {
 
-// A tensor [N, C] for each bit that is set in `wanted`; pointers[k] is null for the others. Each is
-// an allocation of its own: allocators keep blocks for reuse only up to some size.
-Tensors gradients(int64_t wanted, int64_t count, const Tensor& like, void** pointers) {
-  Tensors all;
-  for (int64_t k = 0; k < count; ++k) {
+// Adds a tensor [N, C] for each bit that is set in `wanted`; pointers[k] is null for the others.
+// Each is an allocation of its own: allocators keep blocks for reuse only up to some size.
+void add_gradients(Tensors& all, int64_t wanted, size_t count, const Tensor& like,
+                   void** pointers) {
+  for (size_t k = 0; k < count; ++k) {
     pointers[k] = nullptr;
     if (wanted >> k & 1) {
       all.push_back(empty<2>({like.size(0), like.size(1)}, like.scalar_type(), like));
       pointers[k] = all.back().data_ptr();
     }
   }
-  return all;
+}
+
+// What `reduction` divides the sum over the rows by.
+double divisor_of(int64_t reduction, const Tensor& logits) {
+  STD_TORCH_CHECK(!logits.is_cuda(), "expected no reduction on CUDA");
+  const double rows = static_cast<double>(logits.size(0));
+  switch (reduction) {
+    case kSum:
+      return 1;
+    case kMean:
+      return rows * static_cast<double>(logits.size(1));
+    case kBatchMean:
+    case kWeightedMean:
+      return rows;
+    default:
+      STD_TORCH_CHECK(false, "expected a reduction from 0 to 4");
+  }
+}
+
+// In double, and in parts: one addition need not wait for the one before.
+template <typename real>
+double sum_of(const real* values, int64_t n) {
+  constexpr int64_t kParts = 8;
+  double parts[kParts] = {};
+  int64_t r = 0;
+  for (; r + kParts <= n; r += kParts) {
+    for (int64_t i = 0; i < kParts; ++i) parts[i] += values[r + i];
+  }
+  double sum = 0;
+  for (; r < n; ++r) sum += values[r];
+  for (const double part : parts) sum += part;
+  return sum;
+}
+
+// [K, n] or [K] on the CPU -> [K]: the sum over n, over the divisor.
+Tensor over_rows(const Tensor& values, double divisor) {
+  const int64_t count = values.size(0), n = values.dim() == 1 ? 1 : values.size(1);
+  const int64_t stride = values.stride(0);
+  Tensor result = empty<1>({count}, values.scalar_type(), values);
+  const auto add = [&](const auto* from, auto* to) {
+    for (int64_t k = 0; k < count; ++k) {
+      const double sum = sum_of(from + k * stride, n);
+      to[k] = static_cast<std::decay_t<decltype(*to)>>(sum / divisor);
+    }
+  };
+  if (values.scalar_type() == ScalarType::Double) {
+    add(values.const_data_ptr<double>(), result.mutable_data_ptr<double>());
+  } else {
+    add(values.const_data_ptr<float>(), result.mutable_data_ptr<float>());
+  }
+  return result;
 }
 
 // dL/dKL in the accumulation dtype: [K, N], or [K] where it is the same for all rows.
@@ -58,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensors> kl_and_gradients(const Tensors& student, con
     STD_TORCH_CHECK(static_cast<int64_t>(student.size()) == count,
                     "expected as many student logits as teachers");
     set_coefficient(args, coefficient_of(*coefficient, "coefficient", pairs));
-    grads = gradients((int64_t{1} << count) - 1, count, first, args.grad_student);
+    add_gradients(grads, (int64_t{1} << count) - 1, student.size(), first, args.grad_student);
   }
   BMTARD_LAUNCH(multi_teacher_kl, first, args);
   return {kl, statistics, grads};
@@ -69,11 +119,12 @@ std::tuple<Tensor, Tensor, Tensors> kl_and_gradients(const Tensors& student, con
 std::tuple<Tensor, Tensor> multi_teacher_kl(const Tensors& student, const Tensors& teacher,
                                             const std::optional<Tensor>& temperature,
                                             double temperature_value, double student_temperature,
-                                            double eps, bool with_statistics) {
+                                            double eps, int64_t reduction, bool with_statistics) {
   auto [kl, statistics, grads] =
       kl_and_gradients(student, teacher, temperature, temperature_value, student_temperature, eps,
                        with_statistics, nullptr);
-  return {kl, statistics};
+  if (reduction == kNone) return {kl, statistics};
+  return {over_rows(kl, divisor_of(reduction, student[0])), statistics};
 }
 
 std::tuple<Tensor, Tensors> multi_teacher_kl_with_gradients(
@@ -86,11 +137,12 @@ std::tuple<Tensor, Tensors> multi_teacher_kl_with_gradients(
   return {kl, grads};
 }
 
-std::tuple<Tensors, Tensors, Tensor> multi_teacher_kl_backward(
-    const Tensor& grad_kl, const Tensors& student, const Tensors& teacher,
-    const std::optional<Tensor>& temperature, double temperature_value, double student_temperature,
-    double eps, const Tensor& statistics, int64_t wants_students, int64_t wants_teachers,
-    bool wants_temperature) {
+Tensors multi_teacher_kl_backward(const Tensor& grad_kl, const Tensors& student,
+                                  const Tensors& teacher, const std::optional<Tensor>& temperature,
+                                  double temperature_value, double student_temperature, double eps,
+                                  int64_t reduction, const Tensor& statistics,
+                                  int64_t wants_students, int64_t wants_teachers,
+                                  bool wants_temperature) {
   const Pairs pairs(student, teacher);
   const Tensor& first = pairs.first();
   const int64_t n = first.size(0), count = pairs.count;
@@ -103,16 +155,23 @@ std::tuple<Tensors, Tensors, Tensor> multi_teacher_kl_backward(
   args.eps = eps;
   args.statistics = dense(statistics, first, type, 5 * count * n);
   set_coefficient(args, coefficient_of(grad_kl, "grad_kl", pairs));
+  std::optional<Tensor> divided;
+  if (reduction != kNone) {
+    STD_TORCH_CHECK(grad_kl.dim() == 1, "expected grad_kl [K] of a reduced KL");
+    divided = over_rows(grad_kl, divisor_of(reduction, first));
+    set_coefficient(args, coefficient_of(*divided, "grad_kl", pairs));
+  }
   args.student_shared = student.size() == 1 && count > 1;
   args.teacher_shared = teacher.size() == 1 && count > 1;
-  Tensors grad_students =
-      gradients(wants_students, static_cast<int64_t>(student.size()), first, args.grad_student);
-  Tensors grad_teachers =
-      gradients(wants_teachers, static_cast<int64_t>(teacher.size()), first, args.grad_teacher);
-  Tensor grad_temperature = empty<2>({wants_temperature ? count : 0, n}, type, first);
-  args.grad_temperature = wants_temperature ? grad_temperature.data_ptr() : nullptr;
+  Tensors grads;
+  add_gradients(grads, wants_students, student.size(), first, args.grad_student);
+  add_gradients(grads, wants_teachers, teacher.size(), first, args.grad_teacher);
+  if (wants_temperature) {
+    grads.push_back(empty<2>({count, n}, type, first));
+    args.grad_temperature = grads.back().data_ptr();
+  }
   BMTARD_LAUNCH(multi_teacher_kl_backward, first, args);
-  return {grad_students, grad_teachers, grad_temperature};
+  return grads;
 }
 
 }  // namespace ops

@@ -24,20 +24,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bisect_temperature(
     const std::optional<Tensor>& initial, double low, double high, bool per_sample,
     double tolerance, int64_t max_iterations, bool bisection);
 
+// What becomes of the KLs of the rows, in the order of bmtard/ops/multi_teacher_kl.py. The weights
+// are 1 here.
+enum Reduction : int64_t { kNone, kSum, kMean, kBatchMean, kWeightedMean };
+
 std::tuple<Tensor, Tensor> multi_teacher_kl(const Tensors& student, const Tensors& teacher,
                                             const std::optional<Tensor>& temperature,
                                             double temperature_value, double student_temperature,
-                                            double eps, bool with_statistics);
+                                            double eps, int64_t reduction, bool with_statistics);
 
 std::tuple<Tensor, Tensors> multi_teacher_kl_with_gradients(
     const Tensors& student, const Tensors& teacher, const std::optional<Tensor>& temperature,
     double temperature_value, double student_temperature, double eps, const Tensor& coefficient);
 
-std::tuple<Tensors, Tensors, Tensor> multi_teacher_kl_backward(
-    const Tensor& grad_kl, const Tensors& student, const Tensors& teacher,
-    const std::optional<Tensor>& temperature, double temperature_value, double student_temperature,
-    double eps, const Tensor& statistics, int64_t wants_students, int64_t wants_teachers,
-    bool wants_temperature);
+Tensors multi_teacher_kl_backward(const Tensor& grad_kl, const Tensors& student,
+                                  const Tensors& teacher, const std::optional<Tensor>& temperature,
+                                  double temperature_value, double student_temperature, double eps,
+                                  int64_t reduction, const Tensor& statistics,
+                                  int64_t wants_students, int64_t wants_teachers,
+                                  bool wants_temperature);
 
 std::tuple<Tensor, Tensor> bmtard_loss(
     const Tensors& student, const Tensors& teacher, const Tensor& temperatures,
