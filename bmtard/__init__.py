@@ -1,6 +1,8 @@
 """bmtard: Balanced Multi-Teacher Adversarial Robustness Distillation on fused kernels."""
 
-from bmtard import attacks, dropin, losses
+import importlib
+from types import ModuleType
+
 from bmtard._library import build_info
 from bmtard.balance import BMTARDLoss, EntropyBalance, NormalizationLossBalance
 from bmtard.ops import bisect_temperature, multi_teacher_kl, pgd_step_, softmax_entropy
@@ -13,12 +15,16 @@ __all__ = [
     "NormalizationLossBalance",
     "SearchStatus",
     "TemperatureSearch",
-    "attacks",
     "bisect_temperature",
     "build_info",
-    "dropin",
-    "losses",
     "multi_teacher_kl",
     "pgd_step_",
     "softmax_entropy",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Loads what the ops do not need at first use."""
+    if name in ("attacks", "dropin", "losses"):
+        return importlib.import_module(f"bmtard.{name}")
+    raise AttributeError(f"module 'bmtard' has no attribute {name!r}")

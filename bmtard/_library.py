@@ -99,6 +99,13 @@ def _load() -> str:
 
 
 def _why_not_built() -> str:
+    for place in sys.path:
+        installed = Path(place, "bmtard", "_C.so")
+        if installed.is_file():
+            return (
+                f"Python found these sources first, and not {installed.parent}, which is "
+                f"installed: run it in another folder than {_LIBRARY.parents[1]}"
+            )
     if sys.platform == "win32":
         return "the kernels do not compile on Windows"
     if sys.platform == "darwin":

@@ -119,6 +119,21 @@ def test_without_library_warns_once_and_works(bare_package):
     assert "plain torch: there is no" in result.stdout
 
 
+def test_sources_before_an_installation_are_named(bare_package, tmp_path_factory):
+    installed = tmp_path_factory.mktemp("site-packages") / "bmtard"
+    shutil.copytree(bare_package / "bmtard", installed)
+    (installed / "_C.so").touch()
+    result = run(f"import torch, bmtard; {OP}", bare_package, PYTHONPATH=str(installed.parent))
+    assert result.returncode == 0, result.stderr
+    assert f"and not {installed}, which is installed: run it in another folder" in result.stderr
+
+
+def test_modules_are_there_without_an_import_of_their_own():
+    code = "import bmtard; print(bmtard.losses.kd_loss, bmtard.attacks.pgd, bmtard.dropin.hat_loss)"
+    assert run(code).returncode == 0
+    assert "has no attribute 'nothing'" in run("import bmtard; bmtard.nothing").stderr
+
+
 def test_without_library_require_native_fails(bare_package):
     result = run("import bmtard", bare_package, BMTARD_REQUIRE_NATIVE="1")
     assert result.returncode != 0
