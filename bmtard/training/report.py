@@ -66,7 +66,7 @@ def plot_balance(runs: Mapping[str, Sequence[Path]], output: Path) -> None:
             if not axis.lines:
                 fixed = {"temperatures": "fixed at 1", "entropies": "not balanced"}[name]
                 axis.text(0.5, 0.5, fixed, transform=axis.transAxes, ha="center", color="0.4")
-    axes[-1][-1].legend(loc="lower right", frameon=False)
+    axes[-1][-1].legend(frameon=False)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=120)
 
