@@ -25,7 +25,8 @@ needs_native = pytest.mark.skipif(
 
 def run(code: str, folder: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs code in a fresh Python that takes bmtard from ``folder``."""
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("BMTARD_")}
+    names = [name for name in os.environ if not name.startswith(("BMTARD_", "PYTHONPATH"))]
+    environ = {name: os.environ[name] for name in names}
     return subprocess.run(
         [sys.executable, "-W", "always::RuntimeWarning", "-c", code],
         cwd=folder or PACKAGE.parent,

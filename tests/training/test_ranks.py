@@ -216,9 +216,9 @@ def test_two_ranks_equal_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyP
     data = images()
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    for seed, role in enumerate(("clean", "robust")):
+    for seed, (role, method) in enumerate([("clean", "natural"), ("robust", "fgsm-rs")]):
         config = replace(
-            BASE, method="natural", model="cnn-2", epochs=3 + 3 * seed, seed=seed,
+            BASE, method=method, model="cnn-2", epochs=3 + 3 * seed, seed=seed,
             output=tmp_path / role,
         )  # fmt: skip
         content = train(config, Quiet(), data).checkpoint.read_bytes()

@@ -125,8 +125,8 @@ def data_set(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     )
     config = settings(name, folder)
     roles = {}
-    for seed, role in enumerate(("clean", "robust")):
-        teacher = replace(config, method="natural", seed=seed, output=folder.parent / role)
+    for seed, (role, method) in enumerate([("clean", "natural"), ("robust", "fgsm-rs")]):
+        teacher = replace(config, method=method, seed=seed, output=folder.parent / role)
         roles[f"teacher_{role}"] = train(teacher, Quiet(), images).checkpoint
     return images, replace(config, **roles)
 
