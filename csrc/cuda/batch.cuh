@@ -117,8 +117,7 @@ class Share {
       return Row<Shape>(from, window);
     } else {
       const int64_t place = (matrix * rows_ + n - first_) * cached_values<Shape>(window.span);
-      return CachedRow<Shape>(from, window, group_.lane, simt::dynamic_shared<T>(),
-                              static_cast<int>(place),
+      return CachedRow<Shape>(from, window, group_.lane, static_cast<int>(place),
                               matrix >= cached_matrices_ ? Cache::kNone
                               : first_look               ? Cache::kFill
                                                          : Cache::kFilled);
@@ -253,7 +252,7 @@ BMTARD_DEVICE void entropy_pass(const Matrix& logits, int matrix, bool first_loo
     const auto row = share.row(logits, window, matrix, n, first_look);
     R max;
     R count[1] = {0};
-    const auto found = derivatives_of(softmax_sums<EntropyMoments<R>, Shape>(
+    const auto found = derivatives_of(softmax_sums<EntropyMoments<R>, Shape, kFarAhead>(
         row, window, inverse, group, max,
         [&](R value) { count[0] += value > -std::numeric_limits<R>::infinity() ? 1 : 0; }));
     sums[0] += found.entropy;

@@ -26,8 +26,7 @@ bisect_rows_kernel(const BMTARD_GRID_CONSTANT BisectTemperatureArgs args, Packin
     if constexpr (Shape::kTiles > 0) {
       return Row<Shape>(data, window);
     } else {
-      return CachedRow<Shape>(data, window, group.lane, simt::dynamic_shared<T>(), 0,
-                              cached ? Cache::kFill : Cache::kNone);
+      return CachedRow<Shape>(data, window, group.lane, 0, cached ? Cache::kFill : Cache::kNone);
     }
   }();
   R max;
@@ -73,8 +72,8 @@ BMTARD_DEVICE void range_pass(const BisectTemperatureArgs& args, const Share<Sha
   share.for_each([&](int64_t n) {
     Real<typename Shape::Type> max;
     const Window window = share.window(args.logits, n);
-    const auto range =
-        logit_range<Shape>(share.row(args.logits, window, 0, n, true), window, group, max);
+    const auto range = logit_range<Shape, kFarAhead>(share.row(args.logits, window, 0, n, true),
+                                                     window, group, max);
     sums[0] += range.log_count;
     sums[1] += range.variance;
   });

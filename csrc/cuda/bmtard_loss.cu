@@ -102,8 +102,8 @@ BMTARD_DEVICE void gradient_pass(const BMTARDLossArgs& args, int k, double tempe
     const auto student = student_row(args, share, window, k, n, false);
     const auto teacher = teacher_row(args, share, window, k, n, false);
     T* const to = static_cast<T*>(args.grad_student[k]) + n * args.classes;
-    for_each_tile<Shape>(window, [&](int tile) {
-      const Tile<Shape> s = student.get(tile), t = teacher.get(tile);
+    for_each_values<Shape>(window, {&student, &teacher}, [&](int tile, const auto& tiles) {
+      const auto& [s, t] = tiles;
       Tile<Shape> gradient;
       BMTARD_UNROLL
       for (int i = 0; i < Shape::kWidth; ++i) {

@@ -47,7 +47,7 @@ BMTARD_DEVICE LogSoftmax<R> log_softmax(const RowType& row, const Window& window
   using std::log;
   R max;
   const auto sum =
-      softmax_sums<PartitionSum<R>, Shape>(row, window, inverse_temperature, group, max);
+      softmax_sums<PartitionSum<R>, Shape, kFarAhead>(row, window, inverse_temperature, group, max);
   return {inverse_temperature, max, log(sum.s0)};
 }
 
@@ -69,8 +69,8 @@ BMTARD_DEVICE KLRow<R> kl_by_softmax(const RowType& student, const RowType& teac
   const auto p = log_softmax<Shape>(teacher, window, inverse, group);
   const bool has_eps = eps > R(0);
   R sums[3] = {0, 0, 0};
-  for_each_tile<Shape>(window, [&](int tile) {
-    const Tile<Shape> s = student.get(tile), t = teacher.get(tile);
+  for_each_values<Shape>(window, {&student, &teacher}, [&](int, const auto& tiles) {
+    const auto& [s, t] = tiles;
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) {
       const R log_q = q(s.value[i]), log_p = p(t.value[i]);
@@ -130,8 +130,8 @@ BMTARD_DEVICE KLRow<R> online_kl(const RowType& student, const RowType& teacher,
   using std::log;
   constexpr R kNothing = -std::numeric_limits<R>::infinity();
   OnlineKL<R> sums{kNothing, kNothing};
-  for_each_tile<Shape>(window, [&](int tile) {
-    const Tile<Shape> s = student.get(tile), t = teacher.get(tile);
+  for_each_values<Shape>(window, {&student, &teacher}, [&](int, const auto& tiles) {
+    const auto& [s, t] = tiles;
     R student_top = sums.student_max, top = sums.max;
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) {

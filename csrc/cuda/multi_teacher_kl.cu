@@ -45,8 +45,7 @@ multi_teacher_kl_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLArgs args, Pack
     if constexpr (Shape::kTiles > 0) {
       return Row<Shape>(data, window);
     } else {
-      return CachedRow<Shape>(data, window, group.lane, simt::dynamic_shared<T>(),
-                              place * cached_values<Shape>(window.span),
+      return CachedRow<Shape>(data, window, group.lane, place * cached_values<Shape>(window.span),
                               cached ? Cache::kFill : Cache::kNone);
     }
   };
@@ -70,8 +69,8 @@ multi_teacher_kl_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLArgs args, Pack
                                                    n * args.coefficient_row_stride) *
                        found.q.inverse_temperature;
     T* const to = static_cast<T*>(args.grad_student[k]) + n * args.classes;
-    for_each_tile<Shape>(window, [&](int tile) {
-      const Tile<Shape> s = student.get(tile), t = teacher.get(tile);
+    for_each_values<Shape>(window, {&student, &teacher}, [&](int tile, const auto& tiles) {
+      const auto& [s, t] = tiles;
       Tile<Shape> gradient;
       BMTARD_UNROLL
       for (int i = 0; i < Shape::kWidth; ++i) {
@@ -165,8 +164,8 @@ multi_teacher_kl_backward_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLBackwa
     const Row<Shape> student(row_of<T>(args.student[k], n), window);
     const Row<Shape> teacher(row_of<T>(args.teacher[k], n), window);
     R by_temperature = 0;
-    for_each_tile<Shape>(window, [&](int tile) {
-      const Tile<Shape> s = student.get(tile), t = teacher.get(tile);
+    for_each_values<Shape>(window, {&student, &teacher}, [&](int tile, const auto& tiles) {
+      const auto& [s, t] = tiles;
       Tile<Shape> grad_s{}, grad_t{};
       BMTARD_UNROLL
       for (int i = 0; i < Shape::kWidth; ++i) {
@@ -180,48 +179,66 @@ multi_teacher_kl_backward_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLBackwa
     return;
   }
 
-  const auto for_each_teacher = [&](int tile, auto visit) {
-    for (int k = 0; k < args.teachers; ++k) {
-      visit(k, load_tile<Streamed>(row_of<T>(args.student[k], n), window, tile),
-            load_tile<Streamed>(row_of<T>(args.teacher[k], n), window, tile));
-    }
-  };
   bool any_logits = false;
   for (int k = 0; k < args.teachers; ++k) {
     any_logits = any_logits || args.grad_student[k] || args.grad_teacher[k];
   }
   if (any_logits) {
-    for_each_tile<Streamed>(window, [&](int tile) {
-      Tile<Streamed> grad_s{}, grad_t{};
-      for_each_teacher(tile, [&](int k, const Tile<Streamed>& s, const Tile<Streamed>& t) {
-        const Pair<R> pair(args, k, n);
-        R ignored = 0;
-        BMTARD_UNROLL
-        for (int i = 0; i < Streamed::kWidth; ++i) {
-          pair.add(s.value[i], t.value[i], grad_s.value[i], grad_t.value[i], ignored);
-        }
-        // A shared gradient is complete after the last teacher.
-        const bool last = k + 1 == args.teachers;
-        if (last || !args.student_shared) {
-          T* const to = gradient_row<T>(args.grad_student, args.student_shared, k, n, args.classes);
-          if (to) store_tile<Streamed>(to, window, tile, grad_s);
-          grad_s = {};
-        }
-        if (last || !args.teacher_shared) {
-          T* const to = gradient_row<T>(args.grad_teacher, args.teacher_shared, k, n, args.classes);
-          if (to) store_tile<Streamed>(to, window, tile, grad_t);
-          grad_t = {};
-        }
-      });
-    });
+    // Teacher by teacher of a tile, then the next tile.
+    struct Place {
+      int tile, k;
+      BMTARD_DEVICE void move(int teachers) {
+        if (++k < teachers) return;
+        k = 0;
+        ++tile;
+      }
+    };
+    const int first = first_tile<Streamed>(window.span), end = end_tile<Streamed>(window.span);
+    Place next{first, 0}, here{first, 0};
+    Tile<Streamed> grad_s{}, grad_t{};
+    for_each_ahead<kAhead>(
+        first * args.teachers, end * args.teachers,
+        [&](int) {
+          const RawTiles<Streamed, 2> raw = {
+              {fetch_tile<Streamed>(row_of<T>(args.student[next.k], n), window, next.tile),
+               fetch_tile<Streamed>(row_of<T>(args.teacher[next.k], n), window, next.tile)}};
+          next.move(args.teachers);
+          return raw;
+        },
+        [&](int, const RawTiles<Streamed, 2>& raw) {
+          const auto [tile, k] = here;
+          const Tile<Streamed> s = widened<Streamed>(raw.of[0]), t = widened<Streamed>(raw.of[1]);
+          const Pair<R> pair(args, k, n);
+          R ignored = 0;
+          BMTARD_UNROLL
+          for (int i = 0; i < Streamed::kWidth; ++i) {
+            pair.add(s.value[i], t.value[i], grad_s.value[i], grad_t.value[i], ignored);
+          }
+          // A shared gradient is complete after the last teacher.
+          const bool last = k + 1 == args.teachers;
+          if (last || !args.student_shared) {
+            T* const to =
+                gradient_row<T>(args.grad_student, args.student_shared, k, n, args.classes);
+            if (to) store_tile<Streamed>(to, window, tile, grad_s);
+            grad_s = {};
+          }
+          if (last || !args.teacher_shared) {
+            T* const to =
+                gradient_row<T>(args.grad_teacher, args.teacher_shared, k, n, args.classes);
+            if (to) store_tile<Streamed>(to, window, tile, grad_t);
+            grad_t = {};
+          }
+          here.move(args.teachers);
+        });
   }
   if (!args.grad_temperature) return;
   for (int k = 0; k < args.teachers; ++k) {
     const Pair<R> pair(args, k, n);
     R by_temperature = 0;
-    for_each_tile<Streamed>(window, [&](int tile) {
-      const auto s = load_tile<Streamed>(row_of<T>(args.student[k], n), window, tile);
-      const auto t = load_tile<Streamed>(row_of<T>(args.teacher[k], n), window, tile);
+    const Row<Streamed> student(row_of<T>(args.student[k], n), window);
+    const Row<Streamed> teacher(row_of<T>(args.teacher[k], n), window);
+    for_each_values<Streamed>(window, {&student, &teacher}, [&](int, const auto& tiles) {
+      const auto& [s, t] = tiles;
       R ignored[2] = {0, 0};
       BMTARD_UNROLL
       for (int i = 0; i < Streamed::kWidth; ++i) {

@@ -26,16 +26,16 @@ pgd_linf_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, Packing packing) {
   const T* const x = static_cast<const T*>(args.x) + chunk.first;
   const R step_size = static_cast<R>(args.step_size), epsilon = static_cast<R>(args.epsilon);
   const R low = static_cast<R>(args.low), high = static_cast<R>(args.high);
-  for_each_tile<Shape>(window, [&](int tile) {
-    Tile<Shape> values = load_tile<Shape>(out, window, tile);
-    const auto gradient = load_tile<Shape>(grad, window, tile);
-    const auto origin = load_tile<Shape>(x, window, tile);
+  const Row<Shape> x_adv(out, window), grads(grad, window), origins(x, window);
+  for_each_values<Shape>(window, {&x_adv, &grads, &origins}, [&](int tile, const auto& tiles) {
+    const auto& [values, gradient, origin] = tiles;
+    Tile<Shape> moved;
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) {
-      values.value[i] = pgd_linf(values.value[i], gradient.value[i], origin.value[i], step_size,
-                                 epsilon, low, high);
+      moved.value[i] = pgd_linf(values.value[i], gradient.value[i], origin.value[i], step_size,
+                                epsilon, low, high);
     }
-    store_tile<Shape>(out, window, tile, values);
+    store_tile<Shape>(out, window, tile, moved);
   });
 }
 
@@ -55,7 +55,7 @@ pgd_l2_kernel(const BMTARD_GRID_CONSTANT PgdStepArgs args, Packing packing, bool
       window_of<Shape>(out, static_cast<int>(args.sample_size), group.lane, packing);
   const auto row = [&](const void* data, int place) {
     return CachedRow<Shape>(static_cast<const T*>(data) + first, window, group.lane,
-                            simt::dynamic_shared<T>(), place * cached_values<Shape>(window.span),
+                            place * cached_values<Shape>(window.span),
                             cached ? Cache::kFill : Cache::kNone);
   };
   const auto x_adv = row(args.x_adv, 0), grad = row(args.grad, 1), x = row(args.x, 2);

@@ -344,6 +344,17 @@ BMTARD_DEVICE int first_tile(int span) {
   return 0;
 }
 
+// The tile behind the last one of this block.
+template <typename Shape>
+BMTARD_DEVICE int end_tile(int span) {
+  const int all = tiles_of<Shape>(span);
+  if constexpr (Shape::kSplit) {
+    const int end = first_tile<Shape>(span) + tiles_of<Shape>(span, simt::cluster_blocks());
+    return end < all ? end : all;
+  }
+  return all;
+}
+
 template <typename Shape, typename Visit>
 BMTARD_DEVICE void for_each_tile(const Window& window, Visit visit) {
   if constexpr (Shape::kTiles > 0) {
@@ -352,14 +363,8 @@ BMTARD_DEVICE void for_each_tile(const Window& window, Visit visit) {
       if (tile * Shape::kSpan < window.span) visit(tile);
     }
   } else {
-    const int all = tiles_of<Shape>(window.span);
-    int first = 0, end = all;
-    if constexpr (Shape::kSplit) {
-      first = first_tile<Shape>(window.span);
-      end = first + tiles_of<Shape>(window.span, simt::cluster_blocks());
-      end = end < all ? end : all;
-    }
-    for (int tile = first; tile < end; ++tile) visit(tile);
+    const int end = end_tile<Shape>(window.span);
+    for (int tile = first_tile<Shape>(window.span); tile < end; ++tile) visit(tile);
   }
 }
 
@@ -379,23 +384,68 @@ BMTARD_DEVICE bool is_pack(const Window& window, int first) {
   return window.packed && first >= 0 && first + Shape::kWidth <= window.classes;
 }
 
-// Outside the row: -inf, a class without weight.
+template <typename T>
+constexpr bool kHalf = sizeof(T) == 2;
+
+// A thread waits for a load where it uses a value of it, and to widen one is a use. So loads that
+// are under way together stay as they lie in memory: halves two to a word, because nvcc takes a
+// pack of anything smaller apart.
+template <typename T>
+using Word = std::conditional_t<kHalf<T>, uint32_t, T>;
+template <typename T>
+constexpr int kValues = static_cast<int>(sizeof(Word<T>) / sizeof(T));  // of a word
+
+// A thread's values of a tile.
 template <typename Shape>
-BMTARD_DEVICE Tile<Shape> load_tile(const typename Shape::Type* row, const Window& window,
-                                    int tile) {
-  using R = Real<typename Shape::Type>;
-  Tile<Shape> out;
+using RawTile = Pack<Word<typename Shape::Type>, Shape::kWidth / kValues<typename Shape::Type>>;
+
+// A class without weight.
+template <typename T>
+BMTARD_DEVICE T masked() {
+  if constexpr (kHalf<T>) {
+    return {std::is_same_v<T, BFloat16> ? uint16_t{0xff80} : uint16_t{0xfc00}};
+  } else {
+    return -std::numeric_limits<T>::infinity();
+  }
+}
+
+// Outside the row: masked.
+template <typename Shape>
+BMTARD_DEVICE RawTile<Shape> fetch_tile(const typename Shape::Type* row, const Window& window,
+                                        int tile) {
+  using T = typename Shape::Type;
+  RawTile<Shape> out;
   const int first = class_of<Shape>(window, tile, 0);
   if (is_pack<Shape>(window, first)) {
-    const auto pack = simt::load_pack<Shape::kWidth>(row + first);
-    BMTARD_UNROLL
-    for (int i = 0; i < Shape::kWidth; ++i) out.value[i] = simt::widen(pack.value[i]);
+    out =
+        simt::load_pack<Shape::kWidth / kValues<T>>(reinterpret_cast<const Word<T>*>(row + first));
   } else {
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) {
       const int j = class_of<Shape>(window, tile, i);
-      out.value[i] = in_row(window, j) ? simt::widen(simt::load(row + j))
-                                       : -std::numeric_limits<R>::infinity();
+      const T value = in_row(window, j) ? simt::load(row + j) : masked<T>();
+      Word<T>& word = out.value[i / kValues<T>];
+      if constexpr (kHalf<T>) {
+        word = i % 2 == 0 ? value.bits : word | static_cast<uint32_t>(value.bits) << 16;
+      } else {
+        word = value;
+      }
+    }
+  }
+  return out;
+}
+
+template <typename Shape>
+BMTARD_DEVICE Tile<Shape> widened(const RawTile<Shape>& raw) {
+  using T = typename Shape::Type;
+  Tile<Shape> out;
+  BMTARD_UNROLL
+  for (int i = 0; i < Shape::kWidth; ++i) {
+    const Word<T> word = raw.value[i / kValues<T>];
+    if constexpr (kHalf<T>) {
+      out.value[i] = simt::widen(T{static_cast<uint16_t>(i % 2 == 0 ? word : word >> 16)});
+    } else {
+      out.value[i] = word;
     }
   }
   return out;
@@ -446,19 +496,21 @@ int64_t chunks_of(int64_t size, Packing packing) {
 template <typename Shape, bool kResident = (Shape::kTiles > 0)>
 class Row;
 
+// All loads are under way together.
 template <typename Shape>
 class Row<Shape, true> {
  public:
   BMTARD_DEVICE Row(const typename Shape::Type* row, const Window& window) {
     BMTARD_UNROLL
     for (int tile = 0; tile < Shape::kTiles; ++tile) {
-      tiles_[tile] = load_tile<Shape>(row, window, tile);
+      tiles_[tile] = fetch_tile<Shape>(row, window, tile);
     }
   }
-  BMTARD_DEVICE Tile<Shape> get(int tile) const { return tiles_[tile]; }
+  BMTARD_DEVICE RawTile<Shape> fetch(int tile) const { return tiles_[tile]; }
+  BMTARD_DEVICE Tile<Shape> get(int tile) const { return widened<Shape>(fetch(tile)); }
 
  private:
-  Tile<Shape> tiles_[Shape::kTiles];
+  RawTile<Shape> tiles_[Shape::kTiles];
 };
 
 template <typename Shape>
@@ -466,12 +518,72 @@ class Row<Shape, false> {
  public:
   BMTARD_DEVICE Row(const typename Shape::Type* row, const Window& window)
       : row_(row), window_(window) {}
-  BMTARD_DEVICE Tile<Shape> get(int tile) const { return load_tile<Shape>(row_, window_, tile); }
+  BMTARD_DEVICE bool at_hand() const { return false; }
+  BMTARD_DEVICE RawTile<Shape> fetch(int tile) const {
+    return fetch_tile<Shape>(row_, window_, tile);
+  }
+  BMTARD_DEVICE Tile<Shape> get(int tile) const { return widened<Shape>(fetch(tile)); }
 
  private:
   const typename Shape::Type* row_;
   Window window_;
 };
+
+// Calls use(i, fetch(i)) for first <= i < end, and fetches `ahead` calls before. What is fetched
+// takes the registers of what has been used: others would have to be moved, which is to wait.
+template <int ahead, typename Fetch, typename Use>
+BMTARD_DEVICE void for_each_ahead(int first, int end, Fetch fetch, Use use) {
+  decltype(fetch(first)) fetched[ahead] = {};
+  BMTARD_ROLLED
+  for (int group = first - ahead; group < end; group += ahead) {
+    BMTARD_UNROLL
+    for (int slot = 0; slot < ahead; ++slot) {
+      const int i = group + slot;
+      if (i >= end) break;
+      if (i >= first) use(i, fetched[slot]);
+      if (i + ahead < end) fetched[slot] = fetch(i + ahead);
+    }
+  }
+}
+
+template <typename Shape, int rows>
+struct RawTiles {
+  RawTile<Shape> of[rows];
+};
+
+// The tiles that are under way. 40 KB on a multiprocessor are 3 loads of each of 1024 threads, or 5
+// of each of 512, which is what many registers leave.
+constexpr int kAhead = 3;     // of a row for 1024 threads, of two rows for 512
+constexpr int kFarAhead = 5;  // of a row for 512 threads
+
+// Calls visit(tile, values) for each tile, values[i] of rows[i].
+template <typename Shape, int ahead = kAhead, typename RowType, int n, typename Visit>
+BMTARD_DEVICE void for_each_values(const Window& window, const RowType* const (&rows)[n],
+                                   Visit visit) {
+  const auto fetch = [&](int tile) {
+    RawTiles<Shape, n> raw;
+    BMTARD_UNROLL
+    for (int i = 0; i < n; ++i) raw.of[i] = rows[i]->fetch(tile);
+    return raw;
+  };
+  const auto use = [&](int tile, const RawTiles<Shape, n>& raw) {
+    Tile<Shape> values[n];
+    BMTARD_UNROLL
+    for (int i = 0; i < n; ++i) values[i] = widened<Shape>(raw.of[i]);
+    visit(tile, values);
+  };
+  if constexpr (Shape::kTiles == 0) {
+    bool at_hand = true;
+    BMTARD_UNROLL
+    for (int i = 0; i < n; ++i) at_hand = at_hand && rows[i]->at_hand();
+    if (!at_hand) {
+      for_each_ahead<ahead>(first_tile<Shape>(window.span), end_tile<Shape>(window.span), fetch,
+                            use);
+      return;
+    }
+  }
+  for_each_tile<Shape>(window, [&](int tile) { use(tile, fetch(tile)); });
+}
 
 // What a CachedRow does: read global memory; copy the row to shared memory; use that copy.
 enum class Cache { kNone, kFill, kFilled };
@@ -483,37 +595,39 @@ class CachedRow {
  public:
   using T = typename Shape::Type;
 
-  BMTARD_DEVICE CachedRow(const T* row, const Window& window, int lane, simt::Shared<T> memory,
-                          int offset, Cache cache)
+  // `offset`: of values in the dynamic shared memory.
+  BMTARD_DEVICE CachedRow(const T* row, const Window& window, int lane, int offset, Cache cache)
       : row_(row),
         window_(window),
         cached_(cache != Cache::kNone),
-        offset_(offset + lane * Shape::kWidth - first_tile<Shape>(window.span) * Shape::kSpan),
-        memory_(memory) {
+        offset_((offset + lane * Shape::kWidth - first_tile<Shape>(window.span) * Shape::kSpan) /
+                kValues<T>),
+        memory_(simt::dynamic_shared<Word<T>>()) {
     if (cache != Cache::kFill) return;
-    for_each_tile<Shape>(window, [&](int tile) {
-      const Tile<Shape> values = load_tile<Shape>(row_, window_, tile);
-      Pack<T, Shape::kWidth> pack;
-      BMTARD_UNROLL
-      for (int i = 0; i < Shape::kWidth; ++i) pack.value[i] = simt::narrow<T>(values.value[i]);
-      memory_.template set_pack<Shape::kWidth>(offset_ + tile * Shape::kSpan, pack);
-    });
+    for_each_ahead<kFarAhead>(
+        first_tile<Shape>(window.span), end_tile<Shape>(window.span),
+        [&](int tile) { return fetch_tile<Shape>(row_, window_, tile); },
+        [&](int tile, const RawTile<Shape>& raw) {
+          memory_.template set_pack<kWords>(place(tile), raw);
+        });
   }
-  BMTARD_DEVICE Tile<Shape> get(int tile) const {
-    if (!cached_) return load_tile<Shape>(row_, window_, tile);
-    const auto pack = memory_.template get_pack<Shape::kWidth>(offset_ + tile * Shape::kSpan);
-    Tile<Shape> out;
-    BMTARD_UNROLL
-    for (int i = 0; i < Shape::kWidth; ++i) out.value[i] = simt::widen(pack.value[i]);
-    return out;
+  BMTARD_DEVICE bool at_hand() const { return cached_; }
+  BMTARD_DEVICE RawTile<Shape> fetch(int tile) const {
+    return cached_ ? memory_.template get_pack<kWords>(place(tile))
+                   : fetch_tile<Shape>(row_, window_, tile);
   }
+  BMTARD_DEVICE Tile<Shape> get(int tile) const { return widened<Shape>(fetch(tile)); }
 
  private:
+  static constexpr int kWords = Shape::kWidth / kValues<T>;
+
+  BMTARD_DEVICE int place(int tile) const { return offset_ + tile * (Shape::kSpan / kValues<T>); }
+
   const T* row_;
   Window window_;
   bool cached_;
-  int offset_;
-  simt::Shared<T> memory_;
+  int offset_;  // of words
+  simt::Shared<Word<T>> memory_;
 };
 
 // The number of values of a row that a block keeps in shared memory.
@@ -592,8 +706,8 @@ BMTARD_DEVICE Real<typename Shape::Type> row_max(const RowType& row, const Windo
                                                  Group<Shape>& group) {
   using R = Real<typename Shape::Type>;
   R max = -std::numeric_limits<R>::infinity();
-  for_each_tile<Shape>(window, [&](int tile) {
-    const Tile<Shape> values = row.get(tile);
+  for_each_values<Shape>(window, {&row}, [&](int, const auto& tiles) {
+    const auto& [values] = tiles;
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) max = Max{}(max, values.value[i]);
   });
@@ -625,8 +739,8 @@ template <typename Sums, typename Shape, typename RowType, typename R, typename 
 BMTARD_DEVICE Sums sums_below(const RowType& row, const Window& window, R max,
                               R inverse_temperature, Group<Shape>& group, Observe observe = {}) {
   Sums sums{};
-  for_each_tile<Shape>(window, [&](int tile) {
-    const Tile<Shape> values = row.get(tile);
+  for_each_values<Shape>(window, {&row}, [&](int, const auto& tiles) {
+    const auto& [values] = tiles;
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) {
       observe(values.value[i]);
@@ -639,14 +753,15 @@ BMTARD_DEVICE Sums sums_below(const RowType& row, const Window& window, R max,
 
 // The same sums and the maximum, in one pass over a row that is not in registers: each thread
 // keeps its sums relative to the largest value so far.
-template <typename Sums, typename Shape, typename RowType, typename R, typename Observe = Ignore>
+template <typename Sums, typename Shape, int ahead, typename RowType, typename R,
+          typename Observe = Ignore>
 BMTARD_DEVICE Sums online_sums(const RowType& row, const Window& window, R inverse_temperature,
                                Group<Shape>& group, R& max, Observe observe = {}) {
   constexpr R kNothing = -std::numeric_limits<R>::infinity();
   Sums sums{};
   R seen = kNothing;
-  for_each_tile<Shape>(window, [&](int tile) {
-    const Tile<Shape> values = row.get(tile);
+  for_each_values<Shape, ahead>(window, {&row}, [&](int, const auto& tiles) {
+    const auto& [values] = tiles;
     R top = seen;
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) top = Max{}(top, values.value[i]);
@@ -668,14 +783,15 @@ BMTARD_DEVICE Sums online_sums(const RowType& row, const Window& window, R inver
   return sums;
 }
 
-template <typename Sums, typename Shape, typename RowType, typename R, typename Observe = Ignore>
+template <typename Sums, typename Shape, int ahead = kAhead, typename RowType, typename R,
+          typename Observe = Ignore>
 BMTARD_DEVICE Sums softmax_sums(const RowType& row, const Window& window, R inverse_temperature,
                                 Group<Shape>& group, R& max, Observe observe = {}) {
   if constexpr (Shape::kTiles > 0) {
     max = row_max<Shape>(row, window, group);
     return sums_below<Sums, Shape>(row, window, max, inverse_temperature, group, observe);
   } else {
-    return online_sums<Sums, Shape>(row, window, inverse_temperature, group, max, observe);
+    return online_sums<Sums, Shape, ahead>(row, window, inverse_temperature, group, max, observe);
   }
 }
 
@@ -708,11 +824,11 @@ BMTARD_DEVICE void sum_over(Group<Shape>& group, RangeSums<R>& sums) {
 }
 
 // See core/temperature_search.h.
-template <typename Shape, typename RowType, typename R>
+template <typename Shape, int ahead = kAhead, typename RowType, typename R>
 BMTARD_DEVICE LogitRange<R> logit_range(const RowType& row, const Window& window,
                                         Group<Shape>& group, R& max) {
   using std::log;
-  const auto sums = softmax_sums<RangeSums<R>, Shape>(row, window, R(1), group, max);
+  const auto sums = softmax_sums<RangeSums<R>, Shape, ahead>(row, window, R(1), group, max);
   const R mean = sums.first / sums.count;
   return {log(sums.count), sums.second / sums.count - mean * mean};
 }

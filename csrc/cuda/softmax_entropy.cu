@@ -1,6 +1,6 @@
 // Entropy of softmax(logits / temperature) by row, and its gradient.
 #include "../core/softmax_entropy.h"
-#include "ahead.cuh"
+#include "rows.cuh"
 
 namespace bmtard {
 namespace cuda {
@@ -28,9 +28,9 @@ softmax_entropy_kernel(const BMTARD_GRID_CONSTANT SoftmaxEntropyArgs args, Packi
   const T* const data = row_of<T>(args.logits, row);
   const Window window = window_of<Shape>(data, static_cast<int>(args.classes), group.lane, packing);
   const R inverse = inverse_temperature(temperature_of<R>(args, row));
-  const AheadRow<Shape> logits(data, window);
+  const Row<Shape> logits(data, window);
   R max;
-  const auto sums = softmax_sums_ahead<EntropySums<R>, Shape>(logits, window, inverse, group, max);
+  const auto sums = softmax_sums<EntropySums<R>, Shape>(logits, window, inverse, group, max);
   if (group.leads()) {
     put<R>(args.entropy, row, entropy_of(sums));
     if (args.statistics) {
@@ -59,11 +59,12 @@ softmax_entropy_backward_kernel(const BMTARD_GRID_CONSTANT SoftmaxEntropyBackwar
   const R max = at<R>(args.statistics, row);
   const R log_sum = at<R>(args.statistics, args.rows + row);
   const R grad = at<R>(args.grad_entropy, row * args.grad_entropy_stride);
-  const AheadRow<Shape> logits(data, window);
+  const Row<Shape> logits(data, window);
   T* grad_logits =
       args.grad_logits ? static_cast<T*>(args.grad_logits) + row * args.classes : nullptr;
   R variance[1] = {0};
-  logits.for_each(window, [&](int tile, const Tile<Shape>& values) {
+  for_each_values<Shape>(window, {&logits}, [&](int tile, const auto& tiles) {
+    const auto& [values] = tiles;
     Tile<Shape> gradient;
     BMTARD_UNROLL
     for (int i = 0; i < Shape::kWidth; ++i) {

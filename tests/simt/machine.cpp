@@ -387,8 +387,8 @@ void* SharedArray::at(int i, int n, bool write) {
     return other < 0 ? std::string("several threads") : "thread " + std::to_string(other);
   };
   check_range(i, n);
+  counters.shared_bytes += static_cast<int64_t>(element_bytes_) * n;
   for (int j = i; j < i + n; ++j) {
-    ++counters.shared_accesses;
     Access& access = access_[j];
     const bool written_now = access.written == epoch && access.writer != thread;
     if (write) {

@@ -331,7 +331,7 @@ PYBIND11_MODULE(bmtard_simt, m) {
         out["launches"] = now.launches;
         out["blocks"] = now.blocks;
         out["barriers"] = now.barriers;
-        out["shared_accesses"] = now.shared_accesses;
+        out["shared_bytes"] = now.shared_bytes;
         out["remote_accesses"] = now.remote_accesses;
         out["packed_bytes"] = now.packed_bytes;
         out["single_bytes"] = now.single_bytes;

@@ -58,7 +58,7 @@ struct Counters {
   int64_t launches = 0;
   int64_t blocks = 0;
   int64_t barriers = 0;
-  int64_t shared_accesses = 0;
+  int64_t shared_bytes = 0;
   int64_t remote_accesses = 0;  // to the shared memory of another block
   int64_t packed_bytes = 0;     // of global memory, in accesses of several values
   int64_t single_bytes = 0;     // in accesses of one

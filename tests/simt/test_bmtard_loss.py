@@ -222,7 +222,7 @@ def test_steps_of_a_large_batch(shape, dtype, sign):
         assert counters["launches"] == 1
         assert counters["blocks"] > 1
         if step == 1 and c > 32:  # every value was written once and read in every round
-            assert counters["shared_accesses"] > (6 if sign else 8) * n * c
+            assert counters["shared_bytes"] > (6 if sign else 8) * n * c * h.STORAGE[dtype].itemsize
         want, gradients = oracle.step(students, teachers)
         np.testing.assert_allclose(loss, want, rtol=2e-5 if dtype != "float64" else 2e-6)
         assert_gradients(got, gradients, scale, dtype)
@@ -396,7 +396,7 @@ def test_rows_in_shared_memory_or_read_again(shape, dtype):
     n, c = shape
     students, teachers = batch(1, 2, n, c, dtype)
     arguments = put(students, dtype), put(teachers, dtype)
-    outcomes, accesses = [], []
+    outcomes, moved = [], []
     # What the kernel declares itself, and of four matrices none, half, all.
     share = -(-n // 4) * (256 if c == 200 else 4096) * h.STORAGE[dtype].itemsize
     for limit in (0, 2 * share, 4 * share):
@@ -405,9 +405,10 @@ def test_rows_in_shared_memory_or_read_again(shape, dtype):
         state = new_state(2)
         loss, got = call(*arguments, state, dtype, sign=False, scale=1 / n)
         outcomes.append((loss, *got, *state.values()))
-        accesses.append(h.simt().take_counters()["shared_accesses"])
-    assert accesses[1] - accesses[0] > 4 * 2 * n * c  # at least three rounds of two teachers
-    assert accesses[2] - accesses[1] > 2 * 2 * n * c
+        moved.append(h.simt().take_counters()["shared_bytes"])
+    one = n * c * h.STORAGE[dtype].itemsize
+    assert moved[1] - moved[0] > 4 * 2 * one  # at least three rounds of two teachers
+    assert moved[2] - moved[1] > 2 * 2 * one
     for outcome in outcomes[1:]:
         for a, b in zip(outcome, outcomes[0], strict=True):
             np.testing.assert_array_equal(a, b)

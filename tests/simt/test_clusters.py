@@ -110,17 +110,17 @@ def test_bisect_by_sample(dtype, method):
     n, c = 5, 8200
     z = h.draw(0, n, c, dtype, scale=4)
     target = (np.linspace(0.1, 0.9, n) * np.log(c)).astype(h.real(dtype))
-    accesses = []
+    moved = []
     for limit in (1 << 12, 1 << 17):
         configure(1, 8, max_shared_bytes=limit)
         found = bisect.search(h.place(z, dtype), target, dtype, per_sample=True, method=method)
-        accesses.append(assert_split(n)["shared_accesses"])
+        moved.append(assert_split(n)["shared_bytes"])
         assert (found[3] == bisect.CONVERGED).all()
         for i in range(n):
             bisect.assert_solved(
                 z[i : i + 1], float(target[i]), *(float(x[i]) for x in found[:3]), dtype
             )
-    assert accesses[1] - accesses[0] > c * int((2 + found[4]).sum())
+    assert moved[1] - moved[0] > c * h.STORAGE[dtype].itemsize * int((2 + found[4]).sum())
 
 
 @pytest.mark.parametrize("dtype", h.DTYPES)
@@ -132,9 +132,9 @@ def test_pgd_step_l2(dtype):
     delta = x_adv + 0.5 * grad / norm - x
     length = np.linalg.norm(delta, axis=-1, keepdims=True)
     want = np.clip(x + delta * np.minimum(1, 0.4 / length), 0, 1)
-    accesses = []
+    moved = []
     for limit in (1 << 12, 1 << 18):
         configure(1, 8, max_shared_bytes=limit)
         h.assert_close(pgd.step(x_adv, grad, x, dtype, **settings), want, dtype)
-        accesses.append(assert_split(n)["shared_accesses"])
-    assert accesses[1] - accesses[0] >= 3 * 3 * n * d  # one write, two reads
+        moved.append(assert_split(n)["shared_bytes"])
+    assert moved[1] - moved[0] >= 3 * 3 * n * d * h.STORAGE[dtype].itemsize  # one write, two reads

@@ -53,10 +53,9 @@ TESTS = [
 DISCARDED = Mutant(
     "load-tail-and-discard",
     "cuda/rows.cuh",
-    "      out.value[i] = in_row(window, j) ? simt::widen(simt::load(row + j))\n"
-    "                                       : -std::numeric_limits<R>::infinity();",
-    "      const R z = simt::widen(simt::load(row + j));\n"
-    "      out.value[i] = in_row(window, j) ? z : -std::numeric_limits<R>::infinity();",
+    "      const T value = in_row(window, j) ? simt::load(row + j) : masked<T>();",
+    "      const T z = simt::load(row + j);\n"
+    "      const T value = in_row(window, j) ? z : masked<T>();",
     "test_softmax_entropy.py::test_forward_and_backward[10-float32]",
     "heap-buffer-overflow|use-after-poison",
     unit="cuda/softmax_entropy.cu",
@@ -67,14 +66,15 @@ WHOLE_PACK = Mutant(
     "cuda/rows.cuh",
     "  } else {\n    BMTARD_UNROLL\n    for (int i = 0; i < Shape::kWidth; ++i) {\n"
     "      const int j = class_of<Shape>(window, tile, i);\n"
-    "      out.value[i] = ",
-    "  } else {\n    Pack<typename Shape::Type, Shape::kWidth> pack{};\n"
+    "      const T value = ",
+    "  } else {\n    RawTile<Shape> pack{};\n"
     "    if (window.packed && first < window.classes)\n"
-    "      pack = simt::load_pack<Shape::kWidth>(row + first);\n"
-    "    if (tile < 0) out.value[0] = simt::widen(pack.value[0]);\n"
+    "      pack = simt::load_pack<Shape::kWidth / kValues<T>>(\n"
+    "          reinterpret_cast<const Word<T>*>(row + first));\n"
+    "    if (tile < 0) out = pack;\n"
     "    BMTARD_UNROLL\n    for (int i = 0; i < Shape::kWidth; ++i) {\n"
     "      const int j = class_of<Shape>(window, tile, i);\n"
-    "      out.value[i] = ",
+    "      const T value = ",
     "test_softmax_entropy.py::test_forward_and_backward[127-float32]",
     "heap-buffer-overflow|use-after-poison",
     unit="cuda/softmax_entropy.cu",

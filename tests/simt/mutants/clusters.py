@@ -119,8 +119,8 @@ MUTANTS = [
     ),
     mutant(
         "cluster-cache-from-the-first-tile",
-        "- first_tile<Shape>(window.span) * Shape::kSpan),",
-        "),",
+        "- first_tile<Shape>(window.span) * Shape::kSpan) /",
+        ") /",
         KL_SPLIT,
         "of a shared array of",
         unit="cuda/multi_teacher_kl.cu",

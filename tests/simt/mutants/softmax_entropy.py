@@ -55,8 +55,8 @@ MUTANTS = [
     ),
     mutant(
         "entropy-past-the-last-row",
-        "  if (row >= args.rows) return;\n" + WINDOW + "  const AheadRow",
-        WINDOW + "  const AheadRow",
+        "  if (row >= args.rows) return;\n" + WINDOW + "  const Row",
+        WINDOW + "  const Row",
         ENTROPY.format("10-float32"),
         f"{OUTSIDE}|{WRONG}|{GLOBAL_RACE}",
     ),
