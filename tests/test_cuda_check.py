@@ -31,15 +31,16 @@ TABLE = """
 ## Budgets
 Text.
 
-| Kernel | Registers | Rows | Others |
-|---|---|---|---|
-| `wide_kernel` | 32 (40) | load, store | 0/0 1/2 3/4 |
+| Kernel | Registers | Rows | Others | KB |
+|---|---|---|---|---|
+| `wide_kernel` | 32 (40) | load, store | 0/0 1/2 3/4 | 48 |
 """
 BUDGET = check.Budget(
     registers=32,
     double_registers=40,
     rows=frozenset({"load", "store"}),
     others={"half": (0, 0), "float": (0, 0), "double": (0, 0)},
+    in_flight=0,
 )
 
 
@@ -96,6 +97,7 @@ def test_budgets_are_read():
     assert (budget.registers, budget.double_registers) == (32, 40)
     assert budget.rows == {"load", "store"}
     assert budget.others == {"half": (0, 0), "float": (1, 2), "double": (3, 4)}
+    assert budget.in_flight == 48
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,7 @@ def test_budgets_are_read():
         ("load, store", "loads"),
         ("0/0 1/2 3/4", "0/0 1/2"),
         (" | load, store", ""),
+        (" | 48 |", " |"),
     ],
 )
 def test_broken_budget_is_named(old, new):
@@ -222,12 +225,16 @@ def test_local_memory_is_found_in_the_code(accesses):
     )
 
 
-def listing(text: str):
+def instructions(text: str):
     lines = [
         f"        /*{16 * i:04x}*/ {line.strip()} ;" for i, line in enumerate(text.split("\n"))
     ]
     ((_, _, code),) = check.functions(["arch = sm_120", "Function : k", *lines])
-    return check.accesses_of(check.Kernel("k", "float", 16), code)
+    return code
+
+
+def listing(text: str):
+    return check.accesses_of(check.Kernel("k", "float", 16), instructions(text))
 
 
 # As ptxas writes it for sm_120: the wide branch is a predicate, two jumps test it.
@@ -278,6 +285,66 @@ def test_unknown_jump_is_an_error():
         listing("BRX R2 -0x10\nEXIT")
 
 
+def in_flight(text: str) -> int:
+    return check.loads_in_flight(check.Kernel("k", "float", 16), instructions(text))
+
+
+@pytest.mark.parametrize(
+    ("rest", "loads"),
+    [
+        ("LDG.E.128 R8, desc[UR6][R2.64]\nFADD R12, R4, R8", 2),
+        ("FADD R12, R5, R5\nLDG.E.128 R8, desc[UR6][R2.64]\nFADD R12, R12, R8", 1),  # waits
+        ("MOV R9, R7\nLDG.E.128 R4, desc[UR6][R2.64]\nFADD R12, R9, R4", 1),  # to move is to wait
+        ("LDG.E.128 R8, desc[UR6][R2.64]\nFADD R12, R4, R4", 1),  # nobody reads the second
+        ("LDG.E R8, desc[UR6][R2.64]\nFADD R12, R4, R8", 1),  # no pack
+        ("STG.E desc[UR6][R2.64], R6\nLDG.E.128 R8, desc[UR6][R2.64]\nFADD R12, R8, R8", 1),
+    ],
+)
+def test_loads_in_flight_are_counted(rest, loads):
+    assert in_flight(f"LDG.E.128 R4, desc[UR6][R2.64]\n{rest}\nSTG.E [R2.64], R12\nEXIT") == loads
+
+
+# Looks two tiles ahead; after the loop, loads that do not wait for what it fetched last.
+RING = """LDG.E.128 R4, desc[UR6][R2.64]
+LDG.E.128 R8, desc[UR6][R2.64]
+FADD R12, R4, R12
+@P0 LDG.E.128 R4, desc[UR6][R2.64]
+FADD R12, R8, R12
+@P0 LDG.E.128 R8, desc[UR6][R2.64]
+@P0 BRA 0x20
+LDG.E.128 R16, desc[UR6][R2.64]
+LDG.E.128 R20, desc[UR6][R2.64]
+FADD R12, R16, R20
+STG.E [R2.64], R12
+EXIT"""
+
+
+def test_loads_of_a_loop_are_not_counted_after_it():
+    assert in_flight(RING) == 2
+    assert in_flight(RING.replace("FADD R12, R16, R20", "FFMA R12, R16, R20, R8")) == 3
+
+
+def test_loads_of_other_branches_are_one():
+    """What leads to the same registers."""
+    text = """@P0 BRA 0x30
+LDG.E.128 R4, desc[UR6][R2.64]
+BRA 0x40
+LDG.E.128 R4, desc[UR6][R10.64]
+LDG.E.128 R16, desc[UR6][R2.64]
+FADD R12, R4, R16
+STG.E [R2.64], R12
+EXIT"""
+    assert in_flight(text) == 2
+
+
+@pytest.mark.parametrize(
+    ("registers", "threads", "resident"),
+    [(64, 256, 1024), (65, 256, 768), (32, 256, 2048), (16, 256, 2048), (128, 512, 512)],
+)
+def test_kilobytes_follow_from_registers(registers, threads, resident):
+    assert check.kilobytes_in_flight(3, registers, threads) == 3 * 16 * resident // 1024
+
+
 def test_launch_bounds_are_read():
     ptx = """
 .visible .entry free(
@@ -314,8 +381,10 @@ def found(capsys):
     assert "wide_kernel" in printed
     assert "30 (-)" in printed
 
-    def problems(listing=listing, wanted=("90",), lacks=(), unbounded=(), extra=""):
-        table = check.budgets("## Budgets\n" + "\n".join(rows) + extra)
+    def problems(
+        listing=listing, wanted=("90",), lacks=(), unbounded=(), extra="", change=lambda row: row
+    ):
+        table = check.budgets("## Budgets\n" + "\n".join(map(change, rows)) + extra)
         reports = {key: usage for key, usage in usages.items() if key[0] not in lacks}
         bounds = {name: 256 for name in threads if name not in unbounded}
         return list(check.check_kernels(listing, reports, bounds, table, list(wanted)))
@@ -329,12 +398,18 @@ def test_rows_that_it_proposes_are_kept(found):
     assert {message.split("<")[0] for message in found()} == {"local_kernel", "spilling_kernel"}
 
 
+def test_too_few_loads_in_flight_are_named(found):
+    assert not any("in flight" in message for message in found())
+    more = found(change=lambda row: re.sub(r"\d+ \|$", "4096 |", row))
+    assert any("KB of loads in flight, its budget is 4096" in message for message in more)
+
+
 def test_what_is_missing_is_named(found):
     wide = found.names["wide_kernel"]
     assert "wide_kernel<float> is not compiled for 100" in found(wanted=("90", "100"))
     assert any("no report of ptxas" in message for message in found(lacks=[wide]))
     assert "wide_kernel<float>: no __launch_bounds__" in found(unbounded=[wide])
-    gone = "\n| `gone_kernel` | 8 (8) | - | 0/0 0/0 0/0 |"
+    gone = "\n| `gone_kernel` | 8 (8) | - | 0/0 0/0 0/0 | 0 |"
     assert "gone_kernel has a budget, but is not compiled" in found(extra=gone)
     assert found(listing=[])[-1] == "the library has no kernels"
 

@@ -5,7 +5,8 @@
 
 1. Compiles every architecture of CMakeLists.txt with warnings as errors, into build/cuda-check.
 2. Reads ptxas' reports: no spill, no local memory, registers within the kernel's budget.
-3. Disassembles the library: rows move in accesses of a pack wherever they are packed.
+3. Disassembles the library: rows move in accesses of a pack wherever they are packed, and enough
+   of their loads are in flight on a multiprocessor of sm_90.
 4. Imports the library beside a CUDA torch: dispatch keys, fake tensors, stream, architectures.
 
 The budgets are the table "Budgets" of csrc/cuda/README.md. A kernel that is not in the table, or
@@ -29,6 +30,8 @@ README = ROOT / "csrc" / "cuda" / "README.md"
 REPORT = ".ptxas"  # beside each object, what ptxas said of it
 
 REGISTERS = 64 * 1024  # of a multiprocessor, on every architecture so far
+THREADS = 2048  # of a multiprocessor of IN_FLIGHT
+IN_FLIGHT = "90"  # where the loads in flight are counted
 DTYPES = {"f": "float", "d": "double", "BFloat16": "half", "Float16": "half"}
 BYTES = {"half": 2, "float": 4, "double": 8}
 
@@ -70,13 +73,14 @@ class Budget:
     double_registers: int
     rows: frozenset[str]  # "load", "store": how packed rows move
     others: dict[str, tuple[int, int]]  # dtype: loads and stores of single values
+    in_flight: int  # KB of loads, at least
 
     def registers_of(self, kernel: Kernel) -> int:
         return self.double_registers if kernel.dtype == "double" else self.registers
 
 
 def budgets(readme: str) -> dict[str, Budget]:
-    """The table "Budgets": kernel, registers (double), rows move by, others (three a/b)."""
+    """The table "Budgets": kernel, registers (double), rows move by, others (three a/b), KB."""
     section = re.search(r"^## Budgets\n(.*?)(?=^## |\Z)", readme, re.MULTILINE | re.DOTALL)
     if section is None:
         raise SystemExit('cuda-check: csrc/cuda/README.md must have a section "## Budgets"')
@@ -85,16 +89,19 @@ def budgets(readme: str) -> dict[str, Budget]:
         if not line.startswith("| `"):
             continue
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        registers = re.fullmatch(r"(\d+) \((\d+)\)", cells[1]) if len(cells) == 4 else None
-        pairs = re.findall(r"(\d+)/(\d+)", cells[-1])
-        rows = frozenset(re.findall(r"\w+", cells[2])) if len(cells) == 4 else frozenset()
-        if registers is None or len(pairs) != 3 or not rows <= {"load", "store"}:
+        found = re.fullmatch(
+            r"`(\w+)` \| (\d+) \((\d+)\) \| ([\w, -]*) \| (\d+/\d+ \d+/\d+ \d+/\d+) \| (\d+)",
+            " | ".join(cells),
+        )
+        rows = frozenset(re.findall(r"\w+", found[4])) if found else frozenset()
+        if found is None or not rows <= {"load", "store"}:
             raise SystemExit(
                 "cuda-check: a budget must read | `kernel` | registers (double) | load, store | "
-                f"a/b a/b a/b |, got {line}"
+                f"a/b a/b a/b | KB |, got {line}"
             )
+        pairs = re.findall(r"(\d+)/(\d+)", found[5])
         others = {dtype: (int(a), int(b)) for dtype, (a, b) in zip(BYTES, pairs, strict=True)}
-        table[cells[0].strip("`")] = Budget(int(registers[1]), int(registers[2]), rows, others)
+        table[found[1]] = Budget(int(found[2]), int(found[3]), rows, others, int(found[6]))
     return table
 
 
@@ -363,6 +370,100 @@ def accesses_of(kernel: Kernel, code: list[Instruction]) -> Accesses:
     return found
 
 
+def registers_in(text: str) -> set[int]:
+    return {int(number) for number in re.findall(r"\bR(\d+)", text)}
+
+
+@dataclass
+class Effect:
+    """Registers that an instruction reads and writes. Where it is not clear that one is written,
+    as where a predicate is written before it, it counts as read."""
+
+    reads: set[int]
+    writes: set[int]
+    load: int | None = None  # the first register of a pack of the row
+
+
+def effect_of(x: Instruction, vector_bytes: int) -> Effect:
+    to, _, rest = x.operands.partition(",")
+    written = registers_in(to)
+    if not to.startswith("R") or x.opcode.split(".")[0] in ("RED", "RET"):
+        return Effect(registers_in(x.operands), set())
+    if not written:  # RZ
+        return Effect(registers_in(rest), set())
+    first = min(written)
+    loads = x.opcode.startswith(("LD.", "LDG.", "LDS.", "LDC."))
+    size = access_bytes(x.opcode) if loads else 4
+    if re.match(r"D(ADD|MUL|FMA)|CS2R|\S+\.WIDE", x.opcode):
+        size = 8
+    writes = set(range(first, first + max(1, size // 4)))
+    row = x.opcode.startswith("LDG.") and size >= vector_bytes
+    return Effect(registers_in(rest), writes, first if row else None)
+
+
+def loads_in_flight(kernel: Kernel, code: list[Instruction]) -> int:
+    """The most packs that a thread has asked for before it uses a value of the first: followed
+    along the flow of control, and told apart by their registers. What nobody reads any more, as
+    after a loop that looks ahead, does not count."""
+    graph = Graph(code)
+    effects = [effect_of(x, kernel.vector_bytes) for x in code]
+    packs = {
+        x.load: set(range(x.load, x.load + kernel.vector_bytes // 4))
+        for x in effects
+        if x.load is not None
+    }
+    nodes: list[list[int]] = [[] for _ in graph.next]
+    for i, node in enumerate(graph.node_of):
+        nodes[node].append(i)
+
+    wanted: list[set[int]] = [set() for _ in nodes]  # registers that are read from its start on
+    after: list[set[int]] = [set()] * len(code)
+    todo = set(range(len(nodes)))
+    before: list[list[int]] = [[] for _ in nodes]
+    for node, targets in enumerate(graph.next):
+        for target in targets:
+            before[target].append(node)
+    while todo:
+        node = max(todo)
+        todo.remove(node)
+        live = set().union(*(wanted[target] for target in graph.next[node]))
+        for i in reversed(nodes[node]):
+            after[i] = live
+            if code[i].predicate is None:
+                live = live - effects[i].writes
+            live = live | effects[i].reads
+        if live != wanted[node]:
+            wanted[node] = live
+            todo.update(before[node])
+
+    most = 0
+    asked: list[set[int]] = [set() for _ in nodes]  # on some way to its start
+    todo = set(range(len(nodes)))
+    while todo:
+        node = min(todo)
+        todo.remove(node)
+        here = asked[node]
+        for i in nodes[node]:
+            touched = effects[i].reads | effects[i].writes
+            here = {load for load in here if not packs[load] & touched}
+            if (load := effects[i].load) is not None:
+                here.add(load)
+            here = {load for load in here if packs[load] & after[i]}
+            most = max(most, len(here))
+        for target in graph.next[node]:
+            if not here <= asked[target]:
+                asked[target] = asked[target] | here
+                todo.add(target)
+    return most
+
+
+def kilobytes_in_flight(loads: int, registers: int, threads: int) -> int:
+    """Of a multiprocessor that holds as many blocks as the registers of their threads allow."""
+    of_a_block = -(-registers // 8) * 8 * threads  # handed out by eights
+    blocks = min(REGISTERS // of_a_block, THREADS // threads)
+    return loads * 16 * blocks * threads // 1024
+
+
 def check_accesses(kernel: Kernel, arch: str, accesses: Accesses, budget: Budget) -> Iterator[str]:
     where = f"{kernel} on sm_{arch}"
     if accesses.local:
@@ -489,10 +590,25 @@ def check_kernels(
             yield f"{kernel}: no __launch_bounds__"
         else:
             usage, accesses = usages[mangled, arch], accesses_of(kernel, code)
-            lines.setdefault(kernel.name, Line()).add(kernel, usage, accesses, threads[mangled])
+            in_flight = None
+            # Rows of few classes have smaller packs. Doubles are for tests of gradients.
+            if (
+                arch == IN_FLIGHT
+                and kernel.dtype in ("half", "float")
+                and kernel.vector_bytes == 16
+            ):
+                loads = loads_in_flight(kernel, code)
+                in_flight = kilobytes_in_flight(loads, usage.registers, threads[mangled])
+            line = lines.setdefault(kernel.name, Line())
+            line.add(kernel, usage, accesses, threads[mangled], in_flight)
             if budget := table.get(kernel.name):
                 yield from check_usage(kernel, arch, usage, budget, threads[mangled])
                 yield from check_accesses(kernel, arch, accesses, budget)
+                if in_flight is not None and in_flight < budget.in_flight:
+                    yield (
+                        f"{kernel} on sm_{arch}: {in_flight} KB of loads in flight, its budget is "
+                        f"{budget.in_flight}"
+                    )
     print_table(lines, table)
     for name in sorted(lines.keys() - table.keys()):
         yield f"{name} has no budget in csrc/cuda/README.md; measured: {lines[name].row(name)}"
@@ -515,12 +631,22 @@ class Line:
     threads: int = 0
     shared: int = 0
     count: int = 0
+    in_flight: int | None = None  # the least
 
-    def add(self, kernel: Kernel, usage: Usage, accesses: Accesses, threads: int) -> None:
+    def add(
+        self,
+        kernel: Kernel,
+        usage: Usage,
+        accesses: Accesses,
+        threads: int,
+        in_flight: int | None,
+    ) -> None:
         double = kernel.dtype == "double"
         self.registers[double] = max(self.registers[double], usage.registers)
         self.threads, self.shared = max(self.threads, threads), max(self.shared, usage.shared)
         self.count += 1
+        if in_flight is not None:
+            self.in_flight = min(in_flight, in_flight if self.in_flight is None else self.in_flight)
         for kind in ("load", "store"):
             key = (kernel.dtype or "float", kind)
             self.others[key] = max(self.others.get(key, 0), accesses.others[kind])
@@ -534,22 +660,23 @@ class Line:
             for dtype in BYTES
         )
         registers = f"{self.registers[False]} ({self.registers[True]})"
-        return f"| `{name}` | {registers} | {rows} | {others} |"
+        return f"| `{name}` | {registers} | {rows} | {others} | {self.in_flight or 0} |"
 
 
 def print_table(lines: dict[str, Line], table: dict[str, Budget]) -> None:
     print("\nThe most of each kernel over dtypes, shapes and architectures (budget):")
     header = ("kernel", "compiled", "threads", "registers", "double", "static", "wide ld/st")
-    print("{:34}{:>9}{:>9}{:>12}{:>12}{:>8}{:>12}  others".format(*header))
+    print("{:34}{:>9}{:>9}{:>12}{:>12}{:>8}{:>12}{:>10}  others".format(*header, "KB"))
     for name, line in sorted(lines.items()):
         budget = table.get(name)
         limits = (budget.registers, budget.double_registers) if budget else ("-", "-")
         registers, double = (f"{line.registers[i]} ({limits[i]})" for i in (False, True))
         wide = f"{line.wide['load']}/{line.wide['store']}"
-        others = line.row(name).split("|")[-2].strip()
+        in_flight = f"{line.in_flight or 0} ({budget.in_flight if budget else '-'})"
+        others = line.row(name).split("|")[-3].strip()
         print(
             f"{name:34}{line.count:>9}{line.threads:>9}{registers:>12}{double:>12}"
-            f"{line.shared:>8}{wide:>12}  {others}"
+            f"{line.shared:>8}{wide:>12}{in_flight:>10}  {others}"
         )
     print(flush=True)
 
