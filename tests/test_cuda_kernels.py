@@ -8,6 +8,8 @@ they expect of a graph is held against kernels that nobody captured.
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -315,3 +317,33 @@ def test_graph_of_the_balances_replays(device, mode):
     inputs = fresh(0)
     step(*twins)(inputs)
     assert_replays(device, inputs, fresh, step(entropies, losses), step(*twins))
+
+
+FIRST_CALL = """
+import contextlib, sys, torch, bmtard
+device = torch.device(sys.argv[1])
+z = torch.randn(300, 128, device=device, requires_grad=True)
+x, grad = torch.rand(2, 1000, device=device)
+
+def calls():
+    losses = [bmtard.softmax_entropy(z).sum(), bmtard.multi_teacher_kl(z, [z.detach() / 3]).sum()]
+    found = bmtard.bisect_temperature(z.detach(), 2.0).temperature
+    x_adv = bmtard.pgd_step_(x.clone(), grad, x, step_size=0.1, epsilon=0.2)
+    return [*losses, *torch.autograd.grad(losses, z), found, x_adv]
+
+if device.type == "cuda":
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first = calls()
+    graph.replay()
+else:
+    first = calls()
+assert all(torch.equal(a, b) for a, b in zip(first, calls(), strict=True))
+"""
+
+
+def test_the_first_call_of_a_process_may_be_captured(device):
+    """It loads the kernels and asks the device, of which a graph must not take notice."""
+    command = [sys.executable, "-c", FIRST_CALL, str(device)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

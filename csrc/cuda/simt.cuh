@@ -247,7 +247,23 @@ inline int portable_cluster(int capability) {
   return 1;
 }
 
+// While it lives, this thread may ask the driver and load kernels although a graph is being
+// captured: none of that is part of the graph.
+class OutsideCapture {
+ public:
+  OutsideCapture() { exchange(); }
+  ~OutsideCapture() { exchange(); }
+  OutsideCapture(const OutsideCapture&) = delete;
+  OutsideCapture& operator=(const OutsideCapture&) = delete;
+
+ private:
+  void exchange() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 inline bool ask_device(int number, Device& device) {
+  const OutsideCapture outside;
   int major = 0, minor = 0, shared = 0, cooperative = 0;
   const std::pair<cudaDeviceAttr, int*> questions[] = {
       {cudaDevAttrMultiProcessorCount, &device.multiprocessors},
@@ -269,6 +285,7 @@ inline bool ask_device(int number, Device& device) {
 
 template <typename Kernel>
 bool ask_kernel(Kernel* kernel, int threads, int& blocks) {
+  const OutsideCapture outside;
   cudaFuncAttributes attributes = {};
   const auto dynamic = [&] { return device().max_shared_bytes - attributes.sharedSizeBytes; };
   if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
@@ -355,8 +372,8 @@ int blocks_a_multiprocessor(Kernel* kernel, int threads) {
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), const Grid& grid, void* stream,
            Arguments&&... arguments) {
-  constexpr size_t kAlwaysAllowed = 48 * 1024;
-  if (grid.shared_bytes > kAlwaysAllowed) (void)blocks_a_multiprocessor(kernel, grid.threads);
+  // The launch itself must load nothing: it may be captured.
+  (void)blocks_a_multiprocessor(kernel, grid.threads);
   return start(kernel, grid, stream, std::forward<Arguments>(arguments)...);
 }
 

@@ -34,9 +34,8 @@ MUTANTS = [
         "assert",
     ),
     mutant(
-        "shared-memory-not-asked-for",
-        "  if (grid.shared_bytes > kAlwaysAllowed) "
-        "(void)blocks_a_multiprocessor(kernel, grid.threads);\n",
+        "kernel-not-asked-for",
+        "  (void)blocks_a_multiprocessor(kernel, grid.threads);\n",
         "",
         SHARED,
         "assert",
