@@ -196,7 +196,7 @@ multi_teacher_kl_backward_kernel(const BMTARD_GRID_CONSTANT MultiTeacherKLBackwa
     const int first = first_tile<Streamed>(window.span), end = end_tile<Streamed>(window.span);
     Place next{first, 0}, here{first, 0};
     Tile<Streamed> grad_s{}, grad_t{};
-    for_each_ahead<kAhead>(
+    for_each_ahead<kAheadOf<T, kAhead>>(
         first * args.teachers, end * args.teachers,
         [&](int) {
           const RawTiles<Streamed, 2> raw = {

@@ -556,6 +556,10 @@ struct RawTiles {
 constexpr int kAhead = 3;     // of a row for 1024 threads, of two rows for 512
 constexpr int kFarAhead = 5;  // of a row for 512 threads
 
+// Doubles serve tests. They do with one, as the code is there once for each tile.
+template <typename T, int wanted>
+constexpr int kAheadOf = sizeof(T) == sizeof(double) ? 1 : wanted;
+
 // Calls visit(tile, values) for each tile, values[i] of rows[i].
 template <typename Shape, int ahead = kAhead, typename RowType, int n, typename Visit>
 BMTARD_DEVICE void for_each_values(const Window& window, const RowType* const (&rows)[n],
@@ -577,8 +581,8 @@ BMTARD_DEVICE void for_each_values(const Window& window, const RowType* const (&
     BMTARD_UNROLL
     for (int i = 0; i < n; ++i) at_hand = at_hand && rows[i]->at_hand();
     if (!at_hand) {
-      for_each_ahead<ahead>(first_tile<Shape>(window.span), end_tile<Shape>(window.span), fetch,
-                            use);
+      for_each_ahead<kAheadOf<typename Shape::Type, ahead>>(
+          first_tile<Shape>(window.span), end_tile<Shape>(window.span), fetch, use);
       return;
     }
   }
