@@ -435,9 +435,10 @@ def from_dataset(
                 )
         if not pixels:
             raise ValueError(f"from_dataset: {split} is empty")
-        order = _mixing(torch.tensor(targets))
-        images.append(torch.stack(pixels)[order])
-        labels.append(torch.tensor(targets)[order])
+        given = torch.tensor(targets)
+        order = _mixing(given)
+        images.append(torch.stack([pixels[index] for index in order.tolist()]))
+        labels.append(given[order])
     return ImageData(
         name=name,
         train_images=images[0],
@@ -629,6 +630,7 @@ def _cifar(
 def _load_jpeg_npz(name: str, path: Path, test: str) -> ImageData:
     """Keys SPLIT_jpeg (all files, concatenated), SPLIT_offset [N + 1], y_SPLIT; class_names."""
     splits: list[Tensor] = []
+    mixed: list[Tensor] = []
     size: tuple[int, int] | None = None
     try:
         with open(path, "rb") as file, np.load(file) as archive:
@@ -647,19 +649,20 @@ def _load_jpeg_npz(name: str, path: Path, test: str) -> ImageData:
                 f"{path}: {split}_offset must be {len(target) + 1} ascending positions in the "
                 f"{len(joined)} bytes of {split}_jpeg"
             )
+        places, order = list(pairwise(offset)), _mixing(target)
         files = (
-            (f"{path}, image {index} of {split}", joined[start:end])
-            for index, (start, end) in enumerate(pairwise(offset))
+            (f"{path}, image {index} of {split}", joined[slice(*places[index])])
+            for index in order.tolist()
         )
+        mixed.append(target[order])
         splits.append(_decode(len(target), files, size))
         size = (splits[0].shape[3], splits[0].shape[2])
-    orders = [_mixing(one) for one in labels]
     return ImageData(
         name=name,
-        train_images=splits[0][orders[0]],
-        train_labels=labels[0][orders[0]],
-        test_images=splits[1][orders[1]],
-        test_labels=labels[1][orders[1]],
+        train_images=splits[0],
+        train_labels=mixed[0],
+        test_images=splits[1],
+        test_labels=mixed[1],
         num_classes=num_classes,
     )
 
