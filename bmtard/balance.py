@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 import torch.distributed as dist
@@ -96,6 +96,8 @@ class _Balance(nn.Module):
 
     step: Tensor
     status: Tensor
+    # Attributes that are checked whenever they are set: names of check_settings.
+    _settings: ClassVar[tuple[str, ...]] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(lambda t: _keep_dtype(t, fn(t)), recurse)
@@ -104,8 +106,12 @@ class _Balance(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """A number sets a learning rate. A tensor that replaces a buffer gets the buffer's dtype.
 
-        ``load_state_dict(..., assign=True)`` comes this way too.
+        ``load_state_dict(..., assign=True)`` comes this way too. Settings are checked.
         """
+        if name in self._settings:
+            check_settings(type(self).__name__, **{name: value})
+            if not isinstance(value, str):
+                value = float(value) if is_number(value) else (float(value[0]), float(value[1]))
         buffer = self.__dict__.get("_buffers", {}).get(name)
         if buffer is not None and is_number(value):
             op = type(self).__name__
@@ -192,6 +198,7 @@ class EntropyBalance(_Balance):
     so the published ratio raises both temperatures, or lowers the sharper teacher's.
     """
 
+    _settings = ("mode", "bounds", "momentum", "eps")
     temperatures: Tensor
     entropies: Tensor
     temperature_lr: Tensor
@@ -208,12 +215,8 @@ class EntropyBalance(_Balance):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        check_settings(
-            "EntropyBalance", num_teachers=num_teachers, mode=mode, bounds=bounds,
-            temperature_lr=temperature_lr, momentum=momentum, eps=eps,
-        )  # fmt: skip
-        self.bounds = float(bounds[0]), float(bounds[1])
-        self.mode, self.momentum, self.eps = mode, float(momentum), float(eps)
+        check_settings("EntropyBalance", num_teachers=num_teachers, temperature_lr=temperature_lr)
+        self.mode, self.bounds, self.momentum, self.eps = mode, bounds, momentum, eps
         self.process_group = process_group
         self._register(
             num_teachers,
@@ -274,6 +277,7 @@ class NormalizationLossBalance(_Balance):
     Source: B-MTARD, section on normalization loss balance, which follows GradNorm's idea.
     """
 
+    _settings = ("loss_exponent",)
     weights: Tensor
     initial_losses: Tensor
     losses: Tensor
@@ -288,11 +292,8 @@ class NormalizationLossBalance(_Balance):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        check_settings(
-            "NormalizationLossBalance", num_teachers=num_teachers,
-            weight_lr=weight_lr, loss_exponent=loss_exponent,
-        )  # fmt: skip
-        self.loss_exponent = float(loss_exponent)
+        check_settings("NormalizationLossBalance", num_teachers=num_teachers, weight_lr=weight_lr)
+        self.loss_exponent = loss_exponent
         self.process_group = process_group
         self._register(
             num_teachers,
@@ -378,6 +379,10 @@ class BMTARDLoss(_Balance):
     generalised to K (each teacher is compared with the mean entropy of the others).
     """
 
+    _settings = (
+        "balance", "temperature_bounds", "temperature_momentum", "loss_exponent", "reduction",
+        "eps",
+    )  # fmt: skip
     temperatures: Tensor
     weights: Tensor
     initial_losses: Tensor
@@ -406,17 +411,14 @@ class BMTARDLoss(_Balance):
     ) -> None:
         super().__init__()
         check_settings(
-            "BMTARDLoss", num_teachers=num_teachers, balance=balance,
-            temperature_bounds=temperature_bounds, temperature_lr=temperature_lr,
-            temperature_momentum=temperature_momentum, weight_lr=weight_lr,
-            loss_exponent=loss_exponent, student_temperature=student_temperature,
-            reduction=reduction, eps=eps,
+            "BMTARDLoss", num_teachers=num_teachers, temperature_lr=temperature_lr,
+            weight_lr=weight_lr, student_temperature=student_temperature,
         )  # fmt: skip
-        self.temperature_bounds = float(temperature_bounds[0]), float(temperature_bounds[1])
-        self.balance, self.reduction = balance, reduction
-        self.temperature_momentum = float(temperature_momentum)
-        self.loss_exponent = float(loss_exponent)
-        self.eps, self.process_group = float(eps), process_group
+        self.balance, self.reduction, self.eps = balance, reduction, eps
+        self.temperature_bounds = temperature_bounds
+        self.temperature_momentum = temperature_momentum
+        self.loss_exponent = loss_exponent
+        self.process_group = process_group
         self._register(
             num_teachers,
             {

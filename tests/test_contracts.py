@@ -232,7 +232,7 @@ CASES = {
         (loss(student_temperature=1e300), ValueError, "student_temperature",
          "from 1e-36 to 1e+36", "1e+300"),
         (loss(eps=-1.0), ValueError, "eps", ">= 0", "-1.0"),
-        (loss(LOGITS), ValueError, "student_logits", "2", "1"),
+        (loss(LOGITS), ValueError, "student_logits", "2", "one Tensor [3, 10]"),
         (loss((LOGITS,)), ValueError, "student_logits", "2", "1"),
         (loss((LOGITS,) * 3), ValueError, "student_logits", "2", "3"),
         (loss(teacher=LOGITS), ValueError, "teacher_logits", "2", "got"),
@@ -321,6 +321,35 @@ def test_numpy_scalars_are_numbers(path, kind):
 
     for actual, expected in zip(call(kind(1), kind(2)), call(1.0, 2.0), strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "wrong", "part", "right", "stored"),
+    [
+        (BMTARDLoss, "balance", "ebb", "'sign'", "sign", "sign"),
+        (BMTARDLoss, "reduction", "none", "'sum'", "sum", "sum"),
+        (BMTARDLoss, "temperature_bounds", (2, 1), "lowest < highest", [1, 4], (1.0, 4.0)),
+        (BMTARDLoss, "temperature_momentum", 1, "[0, 1)", 0.5, 0.5),
+        (BMTARDLoss, "loss_exponent", 0, "> 0", 2, 2.0),
+        (BMTARDLoss, "eps", -1.0, ">= 0", np.float32(0.5), 0.5),
+        (EntropyBalance, "mode", "ebb", "'sign'", "sign", "sign"),
+        (EntropyBalance, "bounds", 3.0, "two numbers", (1, 4), (1.0, 4.0)),
+        (EntropyBalance, "momentum", "much", "[0, 1)", 0, 0.0),
+        (EntropyBalance, "eps", math.nan, "finite", 1e-5, 1e-5),
+        (NormalizationLossBalance, "loss_exponent", math.inf, "finite", 1, 1.0),
+    ],
+)
+def test_settings_are_checked_when_set(make, name, wrong, part, right, stored):
+    module = make()
+    before = getattr(module, name)
+    with pytest.raises(ValueError, match=f"{make.__name__}: {name} must ") as caught:
+        setattr(module, name, wrong)
+    for word in (part, str(wrong)):
+        assert word in str(caught.value)
+    assert getattr(module, name) == before
+    setattr(module, name, right)
+    assert getattr(module, name) == stored
+    assert type(getattr(module, name)) is type(stored)
 
 
 def test_numpy_integers_are_integers(path):

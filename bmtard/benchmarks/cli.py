@@ -95,8 +95,10 @@ def bench(arguments: list[str], prog: str) -> int:
         before, after = (load(path) for path in options.compare)
         return _show_comparison(display, compare.compare(before, after, options.tolerance))
     old = load(options.compare[0]) if options.compare else None
+    made = None
     if options.json:  # fails now rather than after the measurement
         options.json.parent.mkdir(parents=True, exist_ok=True)
+        made = None if options.json.exists() else options.json
         options.json.touch()
     if options.plot:
         plots.check()
@@ -108,6 +110,8 @@ def bench(arguments: list[str], prog: str) -> int:
         report = _measure(options, display, shlex.join([*prog.split(), *arguments]))
     finally:
         torch.set_num_threads(threads)
+        if made and not made.stat().st_size:  # nothing was measured
+            made.unlink()
     if options.json:
         report.save(options.json)
     if options.plot:

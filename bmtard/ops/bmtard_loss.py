@@ -147,11 +147,15 @@ def balanced_pairs(
     """Checks the inputs of :class:`BMTARDLoss` and returns both as lists of K tensors."""
     op, count = "BMTARDLoss", weights.numel()
     students, teachers = check_pair(op, student_logits, teacher_logits)
-    for name, side in (("student_logits", students), ("teacher_logits", teachers)):
+    for name, side, given in (
+        ("student_logits", students, student_logits),
+        ("teacher_logits", teachers, teacher_logits),
+    ):
         if len(side) != count:
+            came = f"one Tensor {list(given.shape)}" if isinstance(given, Tensor) else len(side)
             raise ValueError(
                 f"{op}: {name} must be a sequence of {count} tensors, one for each teacher, "
-                f"got {len(side)}"
+                f"got {came}"
             )
     transform = in_transform()
     if transform or torch.is_grad_enabled():

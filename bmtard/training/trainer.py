@@ -89,6 +89,13 @@ class Trainer:
                 f"{self.folder} already holds a run: resume it, overwrite it, or choose another "
                 "output"
             )
+        for teacher in config.teachers.values():
+            path = teacher.path.resolve()
+            if path.parent == self.folder.resolve() and path.name in CHECKPOINTS:
+                raise ValueError(
+                    f"teacher {teacher.role} {teacher.path} lies in the folder of this run, which "
+                    "writes its own there; choose another output"
+                )
         check_installed(config.test_attacks)
         if config.tensorboard:
             import_extra("torch.utils.tensorboard", "train")

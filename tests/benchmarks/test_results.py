@@ -390,6 +390,15 @@ def test_bad_options_are_one_line_and_status_2(arguments, message, capsys):
     assert "Traceback" not in captured.err
 
 
+def test_what_was_refused_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    old.write_text("kept")
+    for file in (new, old):
+        assert main(["bench", "--op", "softmax", "--json", str(file)]) == 2
+    assert not new.exists()
+    assert old.read_text() == "kept"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_device_is_an_error(capsys):
     assert main(["bench", "--device", "cuda"]) == 2

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -286,6 +287,22 @@ def test_overwriting_leaves_no_checkpoint_of_the_old_run(
     assert (config.folder / "previous.pt").exists()
     train(replace(config, epochs=1, overwrite=True), quiet, digits)
     assert not (config.folder / "previous.pt").exists()
+
+
+@pytest.mark.parametrize("changes", [{"overwrite": True}, {"resume": True}, {}])
+def test_a_run_never_writes_over_its_own_teacher(
+    with_teachers: Changed, digits: ImageData, quiet: Any, changes: dict[str, bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    config = with_teachers(**changes)
+    config.folder.mkdir()
+    monkeypatch.chdir(config.folder)  # so that both paths differ as text
+    path = Path("best.pt")
+    shutil.copy(cast(Path, config.teacher_clean), path)
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match=r"teacher clean best\.pt .* choose another output"):
+        train(replace(config, teacher_clean=path), quiet, digits)
+    assert path.read_bytes() == content
 
 
 def test_the_first_non_finite_batch_can_be_replayed(
