@@ -121,7 +121,7 @@ def _evaluate(arguments: list[str]) -> None:
         print(f"weighted, {name:14}{100 * value:6.2f} %")
     if summary["sanity"]:
         images = summary["sanity"]["images"]
-        print(f"\nIs it to be believed? Of the {images} images looked at, all classified right:")
+        print(f"\nIs it to be believed? Looked at: {images} test images that are classified right.")
         for check in summary["sanity"]["checks"]:
             print(f"  {'ok ' if check['passed'] else 'NO '} {check['sentence']}")
         print(summary["sanity"]["verdict"].partition(". ")[0].rstrip(".") + ".")

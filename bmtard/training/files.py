@@ -60,19 +60,39 @@ def locked(folder: Path, *, wait: bool, name: str = ".lock") -> Iterator[None]:
     """Owns ``folder`` through a lock on a file in it, which ends with the process at the latest.
 
     Where another process has it: waits, or raises ValueError naming the folder. Raises OSError, one
-    line, where the folder cannot be made or written.
+    line, where the folder cannot be made or written. A folder made here goes again if the body
+    fails before it has written anything.
     """
+    path, made = folder / name, not folder.exists()
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(path, "ab")  # noqa: SIM115 (closed below)
+        except OSError as error:
+            raise OSError(f"cannot write into {folder}: {error.strerror or error}") from error
+        with file:
+            while not _lock(file):
+                if not wait:
+                    raise ValueError(f"another process works in {folder}")
+                time.sleep(0.1)
+            if not _is(file, path):  # its owner has removed it meanwhile
+                continue
+            try:
+                yield
+            except BaseException:
+                if made and [*folder.iterdir()] == [path]:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+                        folder.rmdir()
+                raise
+            return
+
+
+def _is(file: IO[bytes], path: Path) -> bool:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / name, "ab")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise OSError(f"cannot write into {folder}: {error.strerror or error}") from error
-    with file:
-        while not _lock(file):
-            if not wait:
-                raise ValueError(f"another process works in {folder}")
-            time.sleep(0.1)
-        yield
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock(file: IO[bytes]) -> bool:

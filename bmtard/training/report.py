@@ -28,6 +28,8 @@ PANELS = {
 def plot_balance(runs: Mapping[str, Sequence[Path]], output: Path) -> None:
     """Temperatures, entropies, weights and losses over the epochs: a column for each title.
 
+    The losses begin with those of the first step, of which the weights are made.
+
     runs: title -> folders of runs, one a seed; the first is drawn bold.
     """
     figure = import_extra("matplotlib.figure", "train").Figure(
@@ -45,11 +47,12 @@ def plot_balance(runs: Mapping[str, Sequence[Path]], output: Path) -> None:
                 if name not in rows[0]:
                     continue
                 count = len(rows[0][name])
+                first = rows[0].get("initial_losses") if name == "losses" else None
                 roles = ROLES if count == 2 else [f"teacher {k + 1}" for k in range(count)]
                 for k, role in enumerate(roles):
                     axes[line][column].plot(
-                        epochs,
-                        [row[name][k] for row in rows],
+                        [0.0, *epochs] if first else epochs,
+                        [*([first[k]] if first else []), *(row[name][k] for row in rows)],
                         color=COLORS[k] if k < len(COLORS) else f"C{k}",
                         # Balanced entropies lie on top of each other.
                         linestyle="--" if k == 1 and name == "entropies" else "-",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -303,6 +305,51 @@ def test_a_run_never_writes_over_its_own_teacher(
     with pytest.raises(ValueError, match=r"teacher clean best\.pt .* choose another output"):
         train(replace(config, teacher_clean=path), quiet, digits)
     assert path.read_bytes() == content
+
+
+def test_a_refused_run_leaves_no_folder(
+    config: TrainConfig, digits: ImageData, quiet: Any, tmp_path: Path
+) -> None:
+    refused = replace(config, method="ard", teacher_robust=tmp_path / "missing.pt")
+    with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
+        train(refused, quiet, digits)
+    assert not refused.folder.exists()
+    refused.folder.mkdir()
+    (refused.folder / "notes.txt").touch()
+    with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
+        train(refused, quiet, digits)
+    assert (refused.folder / "notes.txt").exists()
+
+
+def test_who_waited_for_a_folder_that_was_removed_owns_the_new_one(tmp_path: Path) -> None:
+    folder, order = tmp_path / "run", []
+
+    def wait() -> None:
+        with files.locked(folder, wait=True):
+            order.append("waited")
+            with (
+                pytest.raises(ValueError, match="another process works"),
+                files.locked(folder, wait=False),
+            ):
+                pass
+            (folder / "written").touch()
+
+    waiting = threading.Thread(target=wait)
+    with contextlib.suppress(KeyError), files.locked(folder, wait=False):
+        waiting.start()
+        # The thread has opened the lock's file: what it waits for is about to be removed.
+        while not _opened_twice(folder / ".lock"):
+            time.sleep(0.01)
+        order.append("failed")
+        raise KeyError
+    waiting.join(60)
+    assert order == ["failed", "waited"]
+    assert (folder / "written").exists()
+
+
+def _opened_twice(path: Path) -> bool:
+    links = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]
+    return sum(link.exists() and link.samefile(path) for link in links) > 1
 
 
 def test_the_first_non_finite_batch_can_be_replayed(

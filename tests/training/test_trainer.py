@@ -28,6 +28,7 @@ from bmtard.training.config import (
 from bmtard.training.evaluate import accuracies
 from bmtard.training.methods import METHODS
 from bmtard.training.metrics import MetricsLog, read_metrics
+from bmtard.training.report import plot_balance
 from bmtard.training.trainer import NonFiniteLossError, Trainer, train
 
 Changed = Callable[..., TrainConfig]
@@ -151,13 +152,35 @@ def test_balance_state_is_in_the_checkpoint(
     train(config, quiet, digits)
     state = checkpoint.load(config.folder / "last.pt")["method"]
     last = read_metrics(config.folder / "metrics.jsonl")[-1]
-    for name in ("temperatures", "entropies", "weights", "losses"):
+    for name in ("temperatures", "entropies", "weights", "losses", "initial_losses"):
         assert state[f"balance.{name}"].tolist() == last[name]
     assert not any("teacher" in name for name in state)
     # The clean teacher is the surer one: its temperature has moved, and the entropies agree.
     assert last["temperatures"][0] == 1.0
     assert last["temperatures"][1] > 1.0
     assert last["entropies"][0] == pytest.approx(last["entropies"][1], abs=1e-4)
+
+
+def test_the_picture_shows_the_losses_of_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"event": "train", "epoch": 1.0, "temperatures": [1.0, 2.0], "entropies": [0.5, 0.6],
+         "weights": [0.4, 0.6], "losses": [0.02, 0.03], "initial_losses": [0.2, 0.05]},
+        {"event": "train", "epoch": 2.0, "temperatures": [1.0, 3.0], "entropies": [0.7, 0.7],
+         "weights": [0.3, 0.7], "losses": [0.01, 0.02], "initial_losses": [0.2, 0.05]},
+    ]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda f, *_, **__: figures.append(f))
+    plot_balance({"bmtard": [tmp_path]}, tmp_path / "balance.png")
+    lines = [[line.get_xydata().tolist() for line in axis.lines] for axis in figures[0].axes]
+    temperatures, *_, losses = lines
+    assert temperatures == [[[1.0, 1.0], [2.0, 1.0]], [[1.0, 2.0], [2.0, 3.0]]]
+    assert losses == [
+        [[0.0, 0.2], [1.0, 0.02], [2.0, 0.01]],
+        [[0.0, 0.05], [1.0, 0.03], [2.0, 0.02]],
+    ]
 
 
 def test_learning_rates_follow_the_milestones(

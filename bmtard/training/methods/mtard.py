@@ -56,7 +56,8 @@ class MTARD(Method):
         self.balance.weight_lr.fill_(factor * self.config.balance.weight_lr)
 
     def observed(self) -> dict[str, Tensor]:
-        return {"weights": self.balance.weights, "losses": self.balance.losses}
+        names = ("weights", "losses", "initial_losses")
+        return {name: getattr(self.balance, name) for name in names}
 
 
 class BMTARD(MTARD):
@@ -90,5 +91,5 @@ class BMTARD(MTARD):
         return [self.balance.temperatures] if self.balance.balance == "sign" else []
 
     def observed(self) -> dict[str, Tensor]:
-        names = ("temperatures", "entropies", "weights", "losses")
+        names = ("temperatures", "entropies", "weights", "losses", "initial_losses")
         return {name: getattr(self.balance, name) for name in names}
