@@ -343,6 +343,7 @@ class TrainConfig:
         require(self, "crop_padding", self.crop_padding >= 0, ">= 0")
         require(self, "seed", 0 <= self.seed < 2**40, "in [0, 2^40)")
         require(self, "validation_fraction", 0 <= self.validation_fraction < 1, "in [0, 1)")
+        require(self, "resume", not (self.resume and self.overwrite), "false with overwrite")
         plain = self.accumulate == 1 or not self.awp.gamma
         require(self, "accumulate", plain, "1 with awp")
         folded = not (self.fold_batch_norm and self.compile)
@@ -409,6 +410,7 @@ class EvaluateConfig:
         require(self, "batch_size", self.batch_size >= 1, ">= 1")
         require(self, "square_queries", self.square_queries >= 1, ">= 1")
         require(self, "sanity", self.sanity >= 0, ">= 0")
+        require(self, "seed", 0 <= self.seed < 2**40, "in [0, 2^40)")
         if self.epsilon is not None:
             require(self, "epsilon", 0 < self.epsilon < math.inf, "finite and > 0")
         if self.limit is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -157,8 +158,8 @@ def _evaluate(
             )
         data = data or load(name, config.data_dir or folder)
         output = config.output or path.with_name("evaluation.json")
-        if ranks.main:  # fails now rather than after the attacks
-            output.parent.mkdir(parents=True, exist_ok=True)
+        if ranks.main:
+            _check_output(output, (path, config.surrogate))
     config = replace(config, epsilon=epsilon, norm=norm)
     started = time.perf_counter()
     results = accuracies(
@@ -209,6 +210,21 @@ def _evaluate(
     return summary
 
 
+def _check_output(output: Path, read: Sequence[Path | None]) -> None:
+    """Fails now rather than after the attacks, and never lets a checkpoint be written over."""
+    if output.is_dir():
+        raise ValueError(f"output must be a JSON file, got the folder {output}")
+    if output.exists() and any(file and output.samefile(file) for file in read):
+        raise ValueError(f"output must be a JSON file of its own, got the checkpoint {output}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        writable = output if output.exists() else output.parent
+        if not os.access(writable, os.W_OK):
+            raise PermissionError(f"no permission to write {writable}")
+    except OSError as error:
+        raise OSError(f"cannot write {output}: {error.strerror or error}") from error
+
+
 def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     """A device by name; "auto" is CUDA where there is one. Raises ValueError if it is not there."""
     name = local_device(name, ranks.count)
@@ -216,7 +232,7 @@ def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # "meta" holds no values
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used: {error}") from None
     if ranks.count > 1 and device.type == "cuda":

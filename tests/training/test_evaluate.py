@@ -163,7 +163,34 @@ def test_an_incomplete_checkpoint_is_told(
         evaluate(tmp_path / "some.pt", EvaluateConfig(device="cpu"), lambda name, value: None)
 
 
+def test_the_output_is_looked_at_before_the_attacks(
+    teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a checkpoint that is read is never written over, by whatever name."""
+    path, other = tmp_path / "last.pt", tmp_path / "other.pt"
+    for copy in (path, other):
+        copy.write_bytes(teachers["clean"].read_bytes())
+    link, content = tmp_path / "link.json", path.read_bytes()
+    link.symlink_to(path)
+    monkeypatch.setattr(module, "accuracies", lambda *given, **options: pytest.fail("attacked"))
+    for output, problem in (
+        (path, "output must be a JSON file of its own, got the checkpoint .*last.pt"),
+        (link, "output must be a JSON file of its own, got the checkpoint .*link.json"),
+        (other, "output must be a JSON file of its own, got the checkpoint .*other.pt"),
+        (tmp_path, "output must be a JSON file, got the folder"),
+        (path / "a.json", r"cannot write .*last.pt/a.json: "),
+    ):
+        config = EvaluateConfig(device="cpu", surrogate=other, output=output)
+        with pytest.raises((ValueError, OSError), match=problem):
+            evaluate(path, config, lambda name, value: None)
+    assert path.read_bytes() == other.read_bytes() == content
+
+
 def test_bad_requests() -> None:
+    with pytest.raises(ValueError, match=r"EvaluateConfig: seed must be in \[0, 2\^40\), got -1"):
+        EvaluateConfig(seed=-1)
+    with pytest.raises(ValueError, match=r"device 'meta' cannot be used"):
+        resolve_device("meta")
     with pytest.raises(ValueError, match=r"surrogate must be a checkpoint for transfer"):
         EvaluateConfig(attacks=("transfer-cw",))
     with pytest.raises(ValueError, match=r"EvaluateConfig: attacks must be of fgsm, .* 'pgd'"):
