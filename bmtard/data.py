@@ -330,7 +330,8 @@ def load_folder(folder: Path) -> ImageData:
     """Images of one size in ``train/CLASS/`` and ``test/CLASS/`` (or ``val/CLASS/``), read as RGB.
 
     The classes are numbered in the order of their names, and every one has training images. The
-    order of the images mixes the classes, and is always the same.
+    order of the images mixes the classes, and is always the same. Hidden files and folders, whose
+    names begin with a dot, are passed over.
     """
     train = folder / "train"
     test = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
@@ -338,17 +339,17 @@ def load_folder(folder: Path) -> ImageData:
         raise FileNotFoundError(
             f"{folder} needs the folders train and test (or val), each with one folder a class"
         )
-    names = sorted(place.name for place in train.iterdir() if place.is_dir())
+    names = _class_names(train)
     if not names:
         raise FileNotFoundError(f"{train} needs one folder a class, and has none")
-    if strange := sorted({p.name for p in test.iterdir() if p.is_dir()} - set(names)):
+    if strange := sorted(set(_class_names(test)) - set(names)):
         raise ValueError(f"{test / strange[0]} is no class of {train}")
     splits: list[list[tuple[Path, int]]] = []
     for place in (train, test):
         items: list[tuple[Path, int]] = []
         for label, name in enumerate(names):
-            files = (place / name).rglob("*")
-            found = sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
+            inside = (file.relative_to(place / name) for file in (place / name).rglob("*"))
+            found = sorted(place / name / file for file in inside if _is_image(file))
             if place == train and not found:
                 raise FileNotFoundError(f"no image ({', '.join(IMAGE_SUFFIXES)}) in {place / name}")
             items += [(file, label) for file in found]
@@ -359,6 +360,17 @@ def load_folder(folder: Path) -> ImageData:
             warn(f"{place} has no image of {missing}: the test says nothing of that", UserWarning)
         splits.append(items)
     return _image_files(f"folder:{folder}", splits[0], splits[1], len(names))
+
+
+def _class_names(place: Path) -> list[str]:
+    """The folders in ``place``, without hidden ones such as .ipynb_checkpoints."""
+    return sorted(p.name for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _is_image(path: Path) -> bool:
+    """By its name, in a class. Hidden ones are none: macOS leaves ._1.png beside 1.png."""
+    hidden = any(part.startswith(".") for part in path.parts)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
 
 
 def _mixing(labels: Tensor) -> Tensor:
@@ -449,10 +461,18 @@ def from_dataset(
     )
 
 
+def _check_depth(mode: str, where: str) -> None:
+    """Raises ValueError for a mode of Pillow with more bits, which it would cut off at 255."""
+    if mode.startswith(("I", "F")):
+        raise ValueError(f"{where}: pixels must have 8 bits, got more (mode {mode}); scale them")
+
+
 def _to_uint8(image: Any, where: str) -> Tensor:
     """Any image of :func:`from_dataset` -> uint8 [c, h, w]."""
     if not isinstance(image, Tensor):
-        if getattr(image, "mode", "RGB") not in ("L", "RGB"):  # of Pillow: palettes, alpha, bits
+        mode = getattr(image, "mode", "RGB")
+        if mode not in ("L", "RGB"):  # of Pillow: palettes, alpha, bits
+            _check_depth(mode, where)
             image = image.convert("RGB")
         array = np.asarray(image)
         if array.dtype.kind not in "uif" or array.ndim not in (2, 3):
@@ -678,7 +698,7 @@ def _decode(
             # Formats are named because Pillow would run other programs for some.
             with image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as opened:
                 size = size or opened.size
-                found = opened.size
+                found, mode = opened.size, opened.mode
                 if found == size:
                     if index == 0:
                         pixels = np.empty((count, size[1], size[0], 3), np.uint8)
@@ -687,6 +707,7 @@ def _decode(
             raise ValueError(f"{name} is no image of {', '.join(IMAGE_FORMATS)}") from None
         except Exception as error:  # damaged images raise many kinds
             raise ValueError(f"{name} is not a complete image: {error}") from None
+        _check_depth(mode, name)
         if found != size:
             raise ValueError(
                 f"{name} is {found[0]}x{found[1]}, the images before it {size[0]}x{size[1]}: "

@@ -247,6 +247,10 @@ def test_folder(tmp_path: Path, test: str) -> None:
     write_image(tmp_path / test / "dog" / "c.webp", first, lossless=True)
     (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
     (tmp_path / "train" / "README").write_text("no class")
+    for hidden in ("._a.png", ".ipynb_checkpoints/a.png"):  # of macOS and Jupyter
+        write_image(tmp_path / "train" / "cat" / hidden, second[:3])
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / test / ".ipynb_checkpoints").mkdir()
     with pytest.warns(UserWarning, match=rf"{test} has no image of cat: the test says nothing"):
         loaded = data.load(f"folder:{tmp_path}")
     assert loaded.num_classes == 2
@@ -305,6 +309,8 @@ def test_folders_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write_image(tmp_path / "test" / "b" / "1.png", pixels[:5])
     fails(ValueError, r"test/b/1.png is 9x5, the images before it 9x6")
     file = tmp_path / "test" / "b" / "1.png"
+    write_image(file, pixels[..., 0].astype(np.uint16))
+    fails(ValueError, r"test/b/1.png: pixels must have 8 bits, got more \(mode I;16\)")
     write_image(file, pixels)
     assert len(data.load(name).test_labels) == 2
     whole = file.read_bytes()
@@ -378,6 +384,11 @@ def test_from_dataset() -> None:
         ([torch.zeros(3, 4, 4)], [1.7], r"train\[0\] must be an image and a whole label, got 1.7"),
         ([torch.zeros(3, 4, 4)], [math.inf], r"train\[0\] must be an image and a whole label"),
         ([torch.zeros(3, 4, 4)], [-1], r"train_labels must be in \[0, 0\], got \[-1, -1\]"),
+        (
+            [Image.fromarray(np.zeros((4, 4), np.uint16))],
+            [0],
+            r"train\[0\]: pixels must have 8 bits, got more \(mode I;16\)",
+        ),
         ([], [], r"train is empty"),
     ],
 )
