@@ -85,11 +85,13 @@ class NoLog(MetricsLog):
 
 
 def _row(line: str) -> dict[str, Any] | None:
-    """None for a line that was cut while it was written."""
+    """None for a line that was cut while it was written, or is none of ours."""
     try:
-        return json.loads(line) if line.endswith("\n") else None
+        row = json.loads(line) if line.endswith("\n") else None
     except ValueError:
         return None
+    ours = isinstance(row, dict) and isinstance(row.get("step"), int) and "event" in row
+    return row if ours else None
 
 
 def read_metrics(path: Path, event: str = "train") -> list[dict[str, Any]]:

@@ -84,7 +84,7 @@ class Trainer:
         self.config, self.progress, self.folder = config, progress, config.folder
         self.ranks = ranks
         anew = not (config.resume or config.overwrite or config.replay)
-        if (self.folder / "last.pt").exists() and anew:
+        if anew and any((self.folder / name).exists() for name in ("last.pt", "previous.pt")):
             raise ValueError(
                 f"{self.folder} already holds a run: resume it, overwrite it, or choose another "
                 "output"
@@ -616,12 +616,12 @@ class Trainer:
 
     def _resume(self) -> None:
         last, previous = self.folder / "last.pt", self.folder / "previous.pt"
-        if not last.exists():
+        if not last.exists() and not previous.exists():
             self.progress.note(f"no checkpoint in {self.folder} yet: begins with the first epoch")
             return
         try:
             state = checkpoint.load(last)
-        except ValueError as damage:
+        except (ValueError, FileNotFoundError) as damage:
             if not previous.exists():
                 raise
             state = checkpoint.load(previous)
@@ -641,13 +641,17 @@ class Trainer:
         seen = self.method.seen()
         if (saw := state.get("teachers", seen)) != seen:
             raise ValueError(f"resume: the teachers see {seen}, but in {path} they saw {saw}")
-        if self.average is None:
-            self.network.load_state_dict(state["model"])
-        else:
-            self.average.load_state_dict(state["model"])
-            self.network.load_state_dict(state["weights"])
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            if self.average is None:
+                self.network.load_state_dict(state["model"])
+            else:
+                self.average.load_state_dict(state["model"])
+                self.network.load_state_dict(state["weights"])
+            self.method.load_state_dict(state["method"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, TypeError, AttributeError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"resume: {path} does not fit this run: {reason}") from None
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
         self.batch = state.get("batch", 0)
         if self.batch:

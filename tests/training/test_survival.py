@@ -273,6 +273,33 @@ def test_a_truncated_checkpoint(
         Trainer(again, quiet, digits)
 
 
+def test_a_lost_checkpoint_leaves_the_one_before_it(
+    config: TrainConfig, digits: ImageData, quiet: Any
+) -> None:
+    config = replace(config, method="natural")
+    train(config, quiet, digits)
+    (config.folder / "last.pt").unlink()
+    with pytest.raises(ValueError, match="already holds a run"):
+        Trainer(config, quiet, digits)
+    trainer = Trainer(replace(config, resume=True), quiet, digits)
+    assert trainer.epoch == config.epochs - 1
+    assert quiet.lines[-1].endswith(f"does not exist; goes on from {config.folder / 'previous.pt'}")
+
+
+@pytest.mark.parametrize("entry", ["model", "method", "optimizer"])
+def test_a_checkpoint_of_another_network_is_told(
+    entry: str, config: TrainConfig, digits: ImageData, quiet: Any
+) -> None:
+    """As of an own model that was changed since."""
+    config = replace(config, method="natural")
+    train(config, quiet, digits)
+    last = config.folder / "last.pt"
+    torch.save({**torch.load(last, weights_only=True), entry: {"other": torch.ones(2)}}, last)
+    with pytest.raises(ValueError, match=r"resume: .*last.pt does not fit this run: \S+") as error:
+        Trainer(replace(config, resume=True), quiet, digits)
+    assert "\n" not in str(error.value)
+
+
 def test_resume_begins_where_there_is_no_checkpoint(
     config: TrainConfig, digits: ImageData, quiet: Any
 ) -> None:

@@ -150,7 +150,7 @@ def run_training(job: Job, progress: Progress) -> None:
         _tidy(job.folder)
         write_json(job.folder / SETTINGS, job.settings)
         write_json(job.folder / MACHINE, _machine(resolve_device(job.train.device)))
-        resume = (job.folder / "last.pt").exists()
+        resume = any((job.folder / name).exists() for name in ("last.pt", "previous.pt"))
         data = _data(job)
         train(replace(job.train, resume=resume), _Training(progress, job), data)
 
