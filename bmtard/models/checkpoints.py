@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,11 @@ def read_torch_file(path: Path, kind: str = "checkpoint") -> Any:
     Raises FileNotFoundError or ValueError, one line that names ``kind`` and path.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{kind} {path} does not exist")
+        problem = "is no file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{kind} {path} {problem}")
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle from elsewhere; it is refused
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise many kinds
         if refused := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
@@ -57,10 +60,10 @@ def read_torch_file(path: Path, kind: str = "checkpoint") -> Any:
                 f"{path} holds a {refused[1]}, which is not read because loading it could run "
                 "code: save the state dict of the network alone"
             ) from None
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(
-            f"{path} is not a complete {kind}: {type(error).__name__}: {reason}"
-        ) from None
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if "weights_only" in reason:  # would send one to running the file's code
+            reason = "it is no file of torch.save"
+        raise ValueError(f"{path} is not a complete {kind}: {reason}") from None
 
 
 def load_pretrained(

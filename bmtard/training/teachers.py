@@ -18,7 +18,8 @@ from bmtard.training import checkpoint
 
 Images = Literal["clean", "adversarial"]
 
-_NUMBERS = r"[\d.]+(?:,[\d.]+)*"
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)"
+_NUMBERS = rf"{_NUMBER}(?:,{_NUMBER})*"
 _TEACHER = re.compile(
     r"(?P<role>[A-Za-z][\w-]*)=(?P<path>.+?)"
     r"(?::(?P<architecture>[\w-]+|[A-Za-z_][\w.]*:[A-Za-z_]\w*))??"

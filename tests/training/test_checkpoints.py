@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,8 +202,13 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
 
     assert "does not exist" in message(FileNotFoundError)
     path.mkdir()
-    assert "does not exist" in message(FileNotFoundError)
+    assert "is no file" in message(FileNotFoundError)
     path.rmdir()
+    for content in (b"version https://git-lfs.github.com/spec/v1\n", pickle.dumps({"a": 1})):
+        path.write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert message() == f"{path} is not a complete checkpoint: it is no file of torch.save"
     torch.save(small().state_dict(), path)
     whole = path.read_bytes()
     contents = {

@@ -43,6 +43,7 @@ from bmtard.training.trainer import Trainer, train
         ),
         ("clean=a.pt:nets:make", ("clean", "a.pt", "nets:make", None, "clean")),
         ("clean=a.pt:my.nets:make:data", ("clean", "a.pt", "my.nets:make", "data", "clean")),
+        ("clean=a.pt:cnn-2:1.2.3/1", ("clean", "a.pt:cnn-2:1.2.3/1", None, None, "clean")),
         ("r2=a@b.pt@clean", ("r2", "a@b.pt", None, None, "clean")),
     ],
 )
