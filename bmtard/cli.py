@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 import shlex
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"bmtard: no command {name!r}\n\n{_help()}", file=sys.stderr)
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):  # paths and help may not fit its encoding
+        sys.stdout.reconfigure(errors="replace")
     from bmtard.training.ranks import SharedError, launched, speaks
     from bmtard.training.signals import Stopped, terminable
     from bmtard.training.trainer import NonFiniteLossError
@@ -33,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if launched() and name not in ("train", "evaluate"):
                 raise SharedError("one process does this; start it without torchrun")
             status = COMMANDS[name](rest) or 0
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed by the shell
+                sys.stdout.flush()
             return status
     except BrokenPipeError:  # the reader of the output has seen enough, as in `bmtard info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
@@ -41,6 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, NonFiniteLossError) as error:
         if speaks() or not isinstance(error, (SharedError, NonFiniteLossError)):
             print(f"bmtard {name}: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        print(
+            f"bmtard {name}: not enough memory for this model, batch size and data: "
+            f"{(str(error).splitlines() or [''])[0]}",
+            file=sys.stderr,
+        )
         return 2
     except SystemExit as stop:  # of the option parser, which has said why
         return int(stop.code or 0)
@@ -56,6 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if speaks():
             print(f"\nbmtard {name}: {message}{hint}", file=sys.stderr)
         return status
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Of Python, or of torch on a GPU or a CPU, which has no class for it there."""
+    import torch
+
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "DefaultCPUAllocator" in str(error)
 
 
 def _help() -> str:
@@ -95,12 +116,14 @@ def _evaluate(arguments: list[str]) -> None:
     from bmtard.training.evaluate import evaluate
     from bmtard.training.metrics import Display, Progress
     from bmtard.training.ranks import speaks
+    from bmtard.training.settings import parsed
 
     wants_help = "-h" in arguments or "--help" in arguments
     if not wants_help and (not arguments or arguments[0].startswith("-")):
         raise ValueError("say which: bmtard evaluate CHECKPOINT [--option ...]")
     checkpoint, options = (Path(), arguments) if wants_help else (Path(arguments[0]), arguments[1:])
-    config = tyro.cli(EvaluateConfig, prog="bmtard evaluate CHECKPOINT", args=options)
+    prog = "bmtard evaluate CHECKPOINT"
+    config = parsed(tyro.cli, EvaluateConfig, prog=prog, args=options)
     with Display() as display:
         attacks: dict[str, Progress] = {}
 
@@ -132,10 +155,10 @@ def _reproduce(arguments: list[str]) -> int:
     """train teachers and all students, attack them, report: bmtard reproduce PRESET"""
     tyro = import_extra("tyro", "train")
     from bmtard.training.reproduce import REPRODUCE_PRESETS, reproduce
+    from bmtard.training.settings import parsed
 
-    config = tyro.extras.overridable_config_cli(
-        REPRODUCE_PRESETS, prog="bmtard reproduce", args=arguments
-    )
+    cli = tyro.extras.overridable_config_cli
+    config = parsed(cli, REPRODUCE_PRESETS, prog="bmtard reproduce", args=arguments)
     return 1 if reproduce(config, shlex.join(["bmtard", "reproduce", *arguments])) else 0
 
 
@@ -143,9 +166,11 @@ def _demo(arguments: list[str]) -> int:
     """the preset digits of bmtard reproduce, into runs/demo: bundled data, minutes"""
     tyro = import_extra("tyro", "train")
     from bmtard.training.reproduce import REPRODUCE_PRESETS, ReproduceConfig, reproduce
+    from bmtard.training.settings import parsed
 
     default = replace(REPRODUCE_PRESETS["digits"][1], output=Path("runs/demo"))
-    config = tyro.cli(ReproduceConfig, prog="bmtard demo", default=default, args=arguments)
+    options = {"prog": "bmtard demo", "default": default, "args": arguments}
+    config = parsed(tyro.cli, ReproduceConfig, **options)
     return 1 if reproduce(config, shlex.join(["bmtard", "demo", *arguments])) else 0
 
 
@@ -172,6 +197,9 @@ def _info(arguments: list[str]) -> None:
     from bmtard._library import cuda_problem, driver_version
     from bmtard.training.report import processor
 
+    if arguments in (["-h"], ["--help"]):
+        print("usage: bmtard info\n\n" + str(_info.__doc__))
+        return
     if arguments:
         raise ValueError(f"takes no arguments, got {shlex.join(arguments)}")
     print(build_info())

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -25,9 +25,16 @@ Times bmtard's ops against what they replace, on this machine. Every provider is
 float64 before it is timed. benchmarks/README.md tells how to read the tables."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Without the usage before what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def parser(prog: str) -> argparse.ArgumentParser:
     ops, providers = catalogue()
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog=prog,
         description=DESCRIPTION,
         epilog=f"ops: {', '.join(ops)}; providers: {', '.join(providers)}",
@@ -126,12 +133,12 @@ def bench(arguments: list[str], prog: str) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.threads is not None and options.threads < 1:
-        raise ValueError(f"--threads must be >= 1, got {options.threads}")
+    if options.threads is not None and not 1 <= options.threads <= 1024:
+        raise ValueError(f"--threads must be from 1 to 1024, got {options.threads}")
     for name in ("seconds", "max_memory"):
         value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be > 0, got {value}")
+        if value is not None and not 0 < value < 1e9:
+            raise ValueError(f"--{name.replace('_', '-')} must be > 0 and < 1e9, got {value}")
     if not 0 <= options.tolerance < 10:
         raise ValueError(f"--tolerance must lie in [0, 10), got {options.tolerance}")
     if options.compare and len(options.compare) > 2:

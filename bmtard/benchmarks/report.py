@@ -126,7 +126,7 @@ def load(path: Path) -> Report:
             raise ValueError(f"no 'format': {FORMAT}")
         records = [_record(record) for record in values.pop("records")]
         return Report(**values, records=records)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a result of bmtard bench: {error}") from error
 
 

@@ -200,7 +200,7 @@ def _check_names(option: str, names: Sequence[str], known: dict[str, Any]) -> No
 
 def _size(text: str) -> tuple[int, ...] | None:
     parts = text.split("x")
-    if len(parts) not in (2, 4) or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) not in (2, 4) or not all(part.isdecimal() and int(part) > 0 for part in parts):
         return None
     return tuple(map(int, parts))
 

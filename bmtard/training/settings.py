@@ -7,7 +7,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,30 @@ from bmtard.training.config import PRESETS, TrainConfig
 def with_arguments(config: TrainConfig, arguments: Sequence[str], source: str) -> TrainConfig:
     """``config`` with options of the command line. Raises ValueError naming ``source``."""
     tyro = import_extra("tyro", "train")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return parsed(tyro.cli, TrainConfig, default=config, args=list(arguments))
+    except ValueError as error:
+        raise ValueError(f"{source} cannot be set: {error}") from None
+    except SystemExit:
+        raise ValueError(f"{source} cannot be set: Unrecognized options: --help") from None
+
+
+def parsed(parse: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a parser of tyro returns. Its complaint, a box of lines, becomes a ValueError of one."""
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return tyro.cli(TrainConfig, default=config, args=list(arguments))
-    except SystemExit:
-        words = re.sub(r"[\s─│╭╮╰╯]+|-{4,}", " ", said.getvalue()).partition("For full helptext")[0]
-        raise ValueError(f"{source} cannot be set: {' '.join(words.split())}") from None
+        with contextlib.redirect_stderr(said):
+            return parse(*arguments, **options)
+    except SystemExit as stop:
+        if not stop.code:  # after --help
+            raise
+    text = re.sub(r"[\s─│╭╮╰╯]+|-{4,}", " ", said.getvalue()).partition("For full helptext")[0]
+    words = " ".join(text.split())
+    # A heading that says it again, and the names of our own classes.
+    for noise in (r"Value error ", r"(.+?) (?=\1)", r"Error parsing (?!-)\S+: "):
+        words = re.sub(rf"^{noise}", "", words)
+    raise ValueError(words)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -43,7 +60,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         else:
             name = "tomllib" if sys.version_info >= (3, 11) else "tomli"
             settings = import_extra(name, "train").loads(text)
-    except ValueError as error:  # of the encoding, JSON or TOML
+    except (ValueError, RecursionError) as error:  # of the encoding, JSON or TOML
         raise ValueError(f"config {path}: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"config {path}: it must hold settings by name")
@@ -73,7 +90,8 @@ def train_config(arguments: Sequence[str]) -> TrainConfig:
     tyro = import_extra("tyro", "train")
     path, rest = _split(list(arguments))
     if path is None:
-        return tyro.extras.overridable_config_cli(PRESETS, prog="bmtard train", args=rest)
+        cli = tyro.extras.overridable_config_cli
+        return parsed(cli, PRESETS, prog="bmtard train", args=rest)
     settings = read_settings(path)
     preset = settings.pop("preset", None)
     if rest and not rest[0].startswith("-"):
@@ -82,7 +100,8 @@ def train_config(arguments: Sequence[str]) -> TrainConfig:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     config = TrainConfig() if preset is None else PRESETS[preset][1]
     config = with_arguments(config, as_arguments(settings), f"config {path}")
-    return tyro.cli(TrainConfig, default=config, prog=f"bmtard train --config {path}", args=rest)
+    prog = f"bmtard train --config {path}"
+    return parsed(tyro.cli, TrainConfig, default=config, prog=prog, args=rest)
 
 
 def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:

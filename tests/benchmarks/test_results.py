@@ -91,9 +91,10 @@ def test_interrupted_writing_keeps_what_was_there(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_another_file_is_refused_by_name(tmp_path, text):
     path = tmp_path / "other.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"other\.json is not a result of bmtard bench"):
-        load(path)
+    for content in (text, text + '{"a":' * 100_000):  # too deep to be read
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"other\.json is not a result of bmtard bench"):
+            load(path)
 
 
 # --- The comparison ---------------------------------------------------------------------------
@@ -372,13 +373,13 @@ def test_wrong_provider_makes_the_command_fail(monkeypatch, capsys):
     [
         (("--op", "entropy"), "--op must be one of"),
         (("--shape", "10"), "--shape must be one of"),
-        (("--seconds", "0"), "--seconds must be > 0, got 0.0"),
-        (("--max-memory", "-1"), "--max-memory must be > 0, got -1.0"),
+        (("--seconds", "0"), "--seconds must be > 0 and < 1e9, got 0.0"),
+        (("--max-memory", "-1"), "--max-memory must be > 0 and < 1e9, got -1.0"),
         (("--tolerance", "-0.1"), "--tolerance must lie in"),
         (("--compare", "missing.json"), "missing.json"),
         (("--compare", "a", "b", "c"), "--compare takes one or two files, got 3"),
         (("step", "--op", "softmax_entropy"), "step measures the step alone"),
-        (("--threads", "0"), "--threads must be >= 1, got 0"),
+        (("--threads", "0"), "--threads must be from 1 to 1024, got 0"),
         (("--dtype", "int8"), "invalid choice: 'int8'"),
         (("--quick", "--full"), "not allowed with"),
     ],

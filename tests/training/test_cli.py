@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -58,8 +59,21 @@ def test_distillation_draws_the_balance(
         (["train", "digits", "--epochs", "0"], "epochs must be >= 1, got 0"),
         (["train", "cifar10", "--data-dir", "nowhere"], "the data folder nowhere does not exist"),
         (["evaluate", "gone.pt"], "checkpoint gone.pt does not exist"),
+        (["evaluate", "."], "checkpoint . is no file"),
+        (["train", "digits", "--attack.steps", "0"], "train: AttackConfig: steps must be >= 1"),
+        (["train", "digits", "--epochs", "many"], "Error parsing --epochs: "),
+        (["train", "digits", "--resume", "--overwrite"], "resume must be false with overwrite"),
+        (["train"], "Missing subcommand Expected one of"),
+        (["train", "digits", "--speed", "9"], "train: Unrecognized options: --speed, 9"),
+        (["evaluate", "a.pt", "--limit", "0"], "limit must be >= 1, got 0"),
+        (["reproduce", "nothing"], "Unrecognized options: nothing"),
+        (["demo", "--seeds", "x"], "Error parsing --seeds: "),
+        (["bench", "--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
+        (["bench", "--max-memory", "inf"], "--max-memory must be > 0 and < 1e9, got inf"),
+        (["bench", "--threads", "3000000000"], "--threads must be from 1 to 1024"),
+        (["bench", "--shape", "²x4"], "--shape must be one of"),
+        (["train", "digits", "--method=natural", "--crop-padding=100000000"], "not enough memory"),
         (["info", "now"], "takes no arguments"),
-        (["bake"], "no command 'bake'"),
     ],
 )
 def test_errors_are_one_line(
@@ -73,7 +87,27 @@ def test_errors_are_one_line(
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
-    assert "Traceback" not in error
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_command_shows_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bake"]) == 2
+    assert capsys.readouterr().err.startswith("bmtard: no command 'bake'\n\nusage: bmtard")
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/null 2>&-"])
+def test_closed_streams_are_no_error(redirection: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m bmtard info {redirection}"
+    run = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_a_poor_terminal_gets_the_help() -> None:
+    command = [sys.executable, "-m", "bmtard", "train", "--help"]
+    poor = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    run = subprocess.run(command, env=poor, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "tiny-imagenet" in run.stdout
 
 
 def test_help_and_info(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,6 +115,8 @@ def test_help_and_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     text = capsys.readouterr().out
     assert all(f"  {name}" in text for name in ("train", "evaluate", "reproduce", "demo", "info"))
+    assert cli.main(["info", "--help"]) == 0
+    assert "usage: bmtard info" in capsys.readouterr().out
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
     rows = dict(re.findall(r"^(\w+): +(.+)$", printed, flags=re.MULTILINE))
@@ -167,6 +203,12 @@ def test_metrics_forget_what_the_checkpoint_has_not_seen(tmp_path: Path) -> None
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"event": "train", "st')  # cut while writing
+    MetricsLog(tmp_path, resume_step=4, tensorboard=False).close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write("[1]\n")  # of somebody else
+    log = MetricsLog(tmp_path, resume_step=4, tensorboard=False)
+    log.close()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     log = MetricsLog(tmp_path, resume_step=2, tensorboard=False)
     log.write("train", 3, loss=9.0)
     log.close()

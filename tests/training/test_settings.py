@@ -80,6 +80,7 @@ def test_every_setting_comes_back(name: str, tmp_path: Path) -> None:
         ("a.toml", "[attack]\nsteps = 'many'", "config .*a.toml cannot be set: .*attack.steps"),
         ("a.toml", "preset = 'cifar'", "preset must be one of digits, .* got 'cifar'"),
         ("a.toml", "preset = ['digits']", r"preset must be one of digits, .* got \['digits'\]"),
+        ("a.json", '{"help": true}', "config .*a.json cannot be set: .*--help"),
         (None, "", "config .*none.toml does not exist"),
     ],
 )
@@ -90,6 +91,12 @@ def test_bad_files(name: str | None, text: str, message: str, tmp_path: Path) ->
         train_config(["--config", str(tmp_path / (name or "none.toml"))])
     with pytest.raises(ValueError, match="--config needs a file"):
         train_config(["--config"])
+
+
+def test_a_file_that_is_too_deep(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a":' * 100_000)
+    with pytest.raises(ValueError, match=r"config .*a.json: .*recursion"):
+        train_config(["--config", str(tmp_path / "a.json")])
 
 
 def test_a_run_is_repeated_from_its_configuration(tmp_path: Path) -> None:
