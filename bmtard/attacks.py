@@ -69,7 +69,7 @@ def kl_from(target_logits: Tensor) -> AttackLoss:
 
     TRADES attacks with the student's own clean logits, RSLAD with the teacher's.
     """
-    target = target_logits.detach()
+    target = _logits(target_logits, "kl_from: target_logits must be").detach()
     return lambda logits, x_adv: multi_teacher_kl(logits, target, reduction="sum")[0]
 
 
@@ -79,7 +79,12 @@ def kl_from_model(teacher: Callable[[Tensor], Tensor]) -> AttackLoss:
     The gradient flows to the images through the teacher as well, so the teacher must be in eval
     mode already, and its parameters need no gradient.
     """
-    return lambda logits, x_adv: multi_teacher_kl(logits, teacher(x_adv), reduction="sum")[0]
+
+    def loss(logits: Tensor, x_adv: Tensor) -> Tensor:
+        target = _logits(teacher(x_adv), "kl_from_model: teacher must return")
+        return multi_teacher_kl(logits, target, reduction="sum")[0]
+
+    return loss
 
 
 def carlini_wagner(labels: Tensor, confidence: float = 50.0) -> AttackLoss:
@@ -338,11 +343,11 @@ def _for_autograd(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
-def _logits(output: Any) -> Tensor:
+def _logits(output: Any, must: str = "pgd: model must return") -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(
-            f"pgd: model must return the logits, a tensor, got {type(output).__name__}; "
-            "wrap it, as in lambda x: model(x)[0]"
+            f"{must} the logits, a tensor, got {type(output).__name__}; "
+            "wrap the network in a module that returns the first, as in net(x)[0]"
         )
     return output
 

@@ -187,7 +187,7 @@ def test_works_in_inference_mode(model: nn.Module, images: tuple[Tensor, Tensor]
 
 def test_says_what_a_model_must_return(images: tuple[Tensor, Tensor]) -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(50, C)).to(images[0].device)
-    message = r"pgd: model must return the logits, a tensor, got tuple; wrap it"
+    message = r"pgd: model must return the logits, a tensor, got tuple; wrap the network"
     with pytest.raises(TypeError, match=message):
         attacks.pgd(lambda x: (net(x), x), *images)
 

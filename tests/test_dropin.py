@@ -654,3 +654,31 @@ def test_dropin_refuses_what_it_cannot_do() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             call()
+
+
+class _Pair(nn.Module):
+    """Logits and features, as networks of distillation return them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network(0)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.net(x), x
+
+
+@pytest.mark.parametrize("name", ["trades", "mart", "hat", "lbgat", "rslad", "adaad teacher"])
+def test_a_model_that_returns_a_tuple_is_told_so(name: str) -> None:
+    x, y = images(0)
+    model, other = _Pair(), network(1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    calls: dict[str, Callable[[], Any]] = {
+        "trades": lambda: dropin.trades_loss(model, x, y, optimizer),
+        "mart": lambda: dropin.mart_loss(model, x, y, optimizer),
+        "hat": lambda: dropin.hat_loss(model, x, y, optimizer, hr_model=other),
+        "lbgat": lambda: dropin.lbgat_loss(model, other, x, y, optimizer),
+        "rslad": lambda: dropin.rslad_inner_loss(other, model(x), x, y, optimizer),  # type: ignore[arg-type]
+        "adaad teacher": lambda: dropin.adaad_inner_loss(other, model, x),
+    }
+    with pytest.raises(TypeError, match=r"logits.*tuple.*\[0\]"):
+        calls[name]()
