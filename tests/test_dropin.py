@@ -135,7 +135,7 @@ def l2_images(
     return torch.clamp((x + delta).detach(), 0.0, 1.0)
 
 
-def trades(model, x, y, optimizer, *, beta, distance, **options):
+def trades(model, x, y, optimizer, *, beta, distance, one_pass=False, **options):
     model.eval()
     if distance == "l_inf":
         x_adv = linf_images(model, x, own_kl(model, x), options)
@@ -145,9 +145,10 @@ def trades(model, x, y, optimizer, *, beta, distance, **options):
         x_adv = l2_images(model, x, own_kl(model, x), {**options, "lr": lr})
     model.train()
     optimizer.zero_grad()
-    natural = F.cross_entropy(model(x), y)
-    robust = (1.0 / len(x)) * kl_sum(F.log_softmax(model(x_adv), 1), F.softmax(model(x), 1))
-    return natural + beta * robust
+    clean, adversarial = model(x), model(x_adv)
+    target = clean if one_pass else model(x)
+    robust = (1.0 / len(x)) * kl_sum(F.log_softmax(adversarial, 1), F.softmax(target, 1))
+    return F.cross_entropy(clean, y) + beta * robust
 
 
 @pytest.mark.parametrize("distance", ["l_inf", "l_2"])
@@ -191,6 +192,26 @@ def test_trades_the_cheaper_form() -> None:
         weights[exact] = student[-1].weight
     assert counted == {True: 3 * STEPS, False: 2 * STEPS}
     assert not torch.allclose(weights[True], weights[False], rtol=1e-3)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("distance", ["l_inf", "l_2"])
+def test_the_cheaper_form_is_that_of_core_utils(distance: str) -> None:
+    """TRADES of imrahulr/hat: one pass over the clean images, which is the target as well."""
+    options: dict[str, Any] = {**ATTACK, "beta": 6.0, "distance": distance}
+    assert_same_training(
+        lambda *args: dropin.trades_loss(*args, **options, exact=False),
+        lambda *args: trades(*args, **options, one_pass=True),
+        tolerance=TOLERANCES[distance],
+    )
 
 
 def mart(model, x, y, optimizer, *, beta, **options):
