@@ -33,9 +33,10 @@ void write(const BisectTemperatureArgs& args, int64_t row,
 template <typename scalar>
 void each_row(const BisectTemperatureArgs& args, int64_t begin, int64_t end) {
   using real = acc_t<scalar>;
+  LogOfCount log_of;
   for (int64_t r = begin; r < end; ++r) {
     const scalar* row = row_of<scalar>(args.logits, r);
-    const auto look = look_at(row, args.classes);
+    const auto look = look_at(row, args.classes, log_of);
     auto search = started_search<real>(args, r, look.range);
     run(search, [&](double temperature) {
       return row_derivatives(row, args.classes, look.max, temperature);
@@ -51,6 +52,7 @@ void each_column(const BisectTemperatureArgs& args, int64_t begin, int64_t end) 
   using V = Vec<real>;
   real columns[kMaxColumns * V::size];
   TemperatureSearch<double> searches[V::size];
+  LogOfCount log_of;
   for_groups<real>(begin, end, [&](int64_t r, int n) {
     load_columns<scalar>(args.logits, r, n, args.classes, columns);
     const V max = column_max(columns, args.classes);
@@ -59,23 +61,25 @@ void each_column(const BisectTemperatureArgs& args, int64_t begin, int64_t end) 
     V log_count = real(1), target = real(1);
     for (int i = 0; i < n; ++i) {
       searches[i] = started_search<real>(
-          args, r + i, range_of({sums.count.v[i], sums.sum.v[i], sums.squares.v[i]}));
+          args, r + i, range_of({sums.count.v[i], sums.sum.v[i], sums.squares.v[i]}, log_of));
       log_count.v[i] = static_cast<real>(searches[i].log_count);
       target.v[i] = static_cast<real>(searches[i].target);
     }
-    for (bool all_done = false; !all_done;) {
+    while (true) {
       V temperature = real(1);
       for (int i = 0; i < n; ++i) temperature.v[i] = static_cast<real>(searches[i].temperature);
       const auto found = derivatives_of(
           column_sums<EntropyMoments>(columns, args.classes, max, V(real(1)) / temperature));
-      const V factor = halley_factor(found, log_count, target);
-      all_done = true;
+      bool all_done = true;
       for (int i = 0; i < n; ++i) {
         if (searches[i].done) continue;
         searches[i].judge({found.entropy.v[i], found.variance.v[i], found.third_moment.v[i]});
-        if (searches[i].done) continue;
-        searches[i].move(factor.v[i]);
-        all_done = false;
+        all_done = all_done && searches[i].done;
+      }
+      if (all_done) break;
+      const V factor = halley_factor(found, log_count, target);
+      for (int i = 0; i < n; ++i) {
+        if (!searches[i].done) searches[i].move(factor.v[i]);
       }
     }
     for (int i = 0; i < n; ++i) write<real>(args, r + i, searches[i]);

@@ -20,9 +20,21 @@ struct LogitSums {
   }
 };
 
-inline LogitRange<double> range_of(LogitSums<double> sums) {
+// The logarithm of a count that seldom differs from the one before.
+class LogOfCount {
+ public:
+  double operator()(double count) {
+    if (count != count_) log_ = ::log(count_ = count);
+    return log_;
+  }
+
+ private:
+  double count_ = 1, log_ = 0;
+};
+
+inline LogitRange<double> range_of(LogitSums<double> sums, LogOfCount& log_of) {
   const double mean = sums.sum / sums.count;
-  return {::log(sums.count), sums.squares / sums.count - mean * mean};
+  return {log_of(sums.count), sums.squares / sums.count - mean * mean};
 }
 
 // What the first pass over a row finds.
@@ -33,7 +45,7 @@ struct RowLook {
 };
 
 template <typename scalar>
-inline RowLook<acc_t<scalar>> look_at(const scalar* row, int64_t count) {
+inline RowLook<acc_t<scalar>> look_at(const scalar* row, int64_t count, LogOfCount& log_of) {
   using real = acc_t<scalar>;
   using V = Vec<real>;
   const real max = row_max(row, count);
@@ -47,7 +59,7 @@ inline RowLook<acc_t<scalar>> look_at(const scalar* row, int64_t count) {
     total.sum += static_cast<double>(reduce_add(sums.sum));
     total.squares += static_cast<double>(reduce_add(sums.squares));
   }
-  return {max, range_of(total)};
+  return {max, range_of(total, log_of)};
 }
 
 template <typename scalar>
@@ -106,8 +118,9 @@ template <typename scalar>
 inline LogitRange<double> mean_range(const Matrix& logits, int64_t rows, int64_t classes,
                                      acc_t<scalar>* max, double* parts, ParallelFor parallel_for) {
   for_rows(parallel_for, rows, classes, [&](int64_t begin, int64_t end) {
+    LogOfCount log_of;
     for (int64_t r = begin; r < end; ++r) {
-      const auto look = look_at(row_of<scalar>(logits, r), classes);
+      const auto look = look_at(row_of<scalar>(logits, r), classes, log_of);
       max[r] = look.max;
       parts[3 * r] = look.range.log_count;
       parts[3 * r + 1] = look.range.variance;
