@@ -61,7 +61,7 @@ def check_eps(op: str, eps: float) -> None:
 
 def two_numbers(op: str, name: str, bounds: tuple[float, float]) -> tuple[float, float]:
     pair = isinstance(bounds, (list, tuple)) and len(bounds) == 2
-    if not (pair and all(map(is_number, bounds))):
+    if not (pair and is_number(bounds[0]) and is_number(bounds[1])):
         raise ValueError(f"{op}: {name} must be two numbers, (lowest, highest), got {bounds!r}")
     return float(bounds[0]), float(bounds[1])
 
