@@ -85,7 +85,9 @@ def warn(message: str, category: type[Warning] = RuntimeWarning) -> None:
 def _load() -> str:
     """Registers the ops. Returns why that was impossible, or an empty string."""
     if not _LIBRARY.is_file():
-        return f"there is no {_LIBRARY}; {_why_not_built()}"
+        named = bool(os.environ.get("BMTARD_LIBRARY"))
+        why = ", which BMTARD_LIBRARY names" if named else f"; {_why_not_built()}"
+        return f"there is no {_LIBRARY}{why}"
     running = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if running < OLDEST_TORCH:
         return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"

@@ -129,6 +129,13 @@ def test_sources_before_an_installation_are_named(bare_package, tmp_path_factory
     assert f"and not {installed}, which is installed: run it in another folder" in result.stderr
 
 
+@pytest.mark.parametrize("library", ["/none.so", "/no/such/folder/none.so"])
+def test_a_library_by_name_that_is_missing_is_named(library):
+    result = run("import bmtard", BMTARD_LIBRARY=library)
+    assert result.returncode == 0, result.stderr
+    assert f"there is no {library}, which BMTARD_LIBRARY names" in result.stderr
+
+
 def test_modules_are_there_without_an_import_of_their_own():
     code = "import bmtard; print(bmtard.losses.kd_loss, bmtard.attacks.pgd, bmtard.dropin.hat_loss)"
     assert run(code).returncode == 0

@@ -547,6 +547,9 @@ def test_logits_are_tensors_of_one_device() -> None:
         losses.jsd_loss(s, s.to("meta"))
     with pytest.raises(ValueError, match=r"jsd_loss: teacher_logits .* \[7, 10\], got \[7, 9\]"):
         losses.jsd_loss(s, s[:, :9])
+    for teachers in (None, [3, s]):
+        with pytest.raises(TypeError, match=r"teacher_logits(\[0\])? must be a tensor"):
+            losses.mtard_loss([s, s], teachers, [0.5, 0.5])  # type: ignore[arg-type]
 
 
 def test_mtard_weights_come_from_the_balance() -> None:

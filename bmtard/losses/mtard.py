@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -27,8 +28,15 @@ def mtard_loss(
     """
     return multi_teacher_kl(
         student_logits,
-        [logits.detach() for logits in teacher_logits],
-        weight=weights.detach() if isinstance(weights, Tensor) else weights,
+        _constant(teacher_logits),
+        weight=_constant(weights),
         reduction=reduction,
         eps=eps,
     )
+
+
+def _constant(value: Any) -> Any:
+    """Tensors in it without gradient; all else as it is, for the op to judge."""
+    if isinstance(value, (list, tuple)):
+        return [_constant(one) for one in value]
+    return value.detach() if isinstance(value, Tensor) else value
