@@ -262,8 +262,8 @@ class NormalizationLossBalance(_Balance):
 
     ``forward(losses)`` takes the losses [K] of this step and returns the weights [K] (float64,
     sum 1, without gradient) to use with them. The first call fixes the initial losses. With
-    r_k = (L_k / L_k of the first step) ** loss_exponent, each weight moves by ``weight_lr``
-    towards r_k / sum r; all are clamped at 0 and scaled to sum 1. In ``eval()`` nothing moves.
+    r_k = (L_k / L_k of the first step) ** loss_exponent, each weight goes the part ``weight_lr`` of
+    its way to r_k / sum r; all are clamped at 0 and scaled to sum 1. In ``eval()`` nothing moves.
 
     Args:
         num_teachers: K, 1 to 16.
@@ -344,7 +344,7 @@ class BMTARDLoss(_Balance):
     and KL, moves the temperatures (see :class:`EntropyBalance`) and the weights (see
     :class:`NormalizationLossBalance`), and returns sum_k weight_k L_k, with the weights as
     constants. On CUDA one kernel launch does it all, gradient included; nothing is read back to
-    the host. A step whose losses are not finite leaves the state as it was.
+    the host. A step whose losses or entropies are not finite changes ``status`` alone.
     In ``eval()`` nothing is updated. Several calls for one optimizer step: :meth:`one_step`.
 
     Args:

@@ -19,9 +19,9 @@ class SearchStatus(enum.IntEnum):
     CLAMPED_HIGH = 2
     """The target lies above the entropy at the upper bound, which is the result."""
     DEGENERATE = 3
-    """The entropy does not depend on the temperature; the initial one was kept."""
+    """The temperature does not matter: the result is ``initial``, else 1, clamped."""
     NON_FINITE = 4
-    """NaN or infinity in the logits or the target; the initial temperature was kept."""
+    """An entropy or the target is NaN or infinite; the result is ``initial``, else 1, clamped."""
     MAX_ITERATIONS = 5
     """The evaluations ran out; the result is the last temperature tried."""
 
@@ -32,13 +32,13 @@ class BalanceStatus(enum.IntEnum):
     UPDATED = 0
     """As it should."""
     SKIPPED_NON_FINITE = 1
-    """A loss or an entropy was not finite: the state is as it was before."""
+    """A loss or an entropy was not finite: but for this, the state is as it was before."""
     TARGET_OUT_OF_BOUNDS = 2
     """Updated, but a temperature stopped at a bound without reaching the common entropy."""
 
 
 class TemperatureSearch(NamedTuple):
-    """Result of :func:`bmtard.bisect_temperature`: 0-d tensors, or [N] for one search a row."""
+    """Result of :func:`bmtard.bisect_temperature`: 0-d tensors, or one entry a row."""
 
     temperature: Tensor
     """Differentiable in the logits and the target."""

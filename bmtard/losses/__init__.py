@@ -5,16 +5,17 @@ int64 of the rows' shape: [N] for [N, C], [N, T] for [N, T, C]. Each equals its 
 rounding. What each docstring names, because results depend on it:
 
 - the reduction. "batchmean" divides the sum of the divergences by the number of rows N, "mean" by
-  N * C; a cross entropy is always the mean over the rows. "sum" adds the rows of every term,
-  "none" keeps them;
+  N * C; a cross entropy is then the mean over the rows. "sum" adds the rows of every term, "none"
+  keeps them. mart_loss is always the mean over the rows;
 - the ``eps`` in log(p + eps) of the target probabilities p;
 - the temperatures, and whether the loss is multiplied by the temperature squared;
 - ``label_smoothing`` of the cross entropies, as in ``F.cross_entropy``, 0 by default;
 - which logits receive gradient. Teacher logits never do: they are detached here.
 
-Rows can be left out: where a loss has labels by ``ignore_index`` (usually -100), elsewhere by a
-bool ``mask``, True for the rows that count. Such rows are in no term and in no divisor, whatever
-their logits hold. With ``ignore_index=None`` a label outside 0 .. C - 1 is an error.
+Rows can be left out: where a loss has labels by ``ignore_index`` (usually -100), elsewhere (but in
+mtard_loss) by a bool ``mask``, True for the rows that count. Such rows are in no term and in no
+divisor, whatever their logits hold. With ``ignore_index=None`` a label outside 0 .. C - 1 is an
+error where a term uses the labels.
 
 The logits of the losses of one student on two kinds of images are keyword-only, so that clean and
 adversarial ones cannot be swapped unseen. KL(p || q) is in nats. A bad argument raises ValueError

@@ -23,9 +23,9 @@ def kd_loss(
 ) -> Tensor:
     """T^2 KL(teacher^T || student^T), both sides at temperature T (Hinton et al., 2015).
 
-    temperature: > 0, a float or a 0-d tensor, which may require grad. mask: bool [...], True for
-    the rows that count (for token labels: ``labels != -100``); with it "batchmean" divides by their
-    number. Returns 0-d, or [...] with reduction "none". The teacher gets no gradient.
+    temperature: 1e-36 to 1e36, a float or a 0-d tensor, which may require grad. mask: bool [...],
+    True for the rows that count (for token labels: ``labels != -100``); with it "batchmean" divides
+    by their number. Returns 0-d, or [...] with reduction "none". The teacher gets no gradient.
     """
     rows, student, teacher = _pair("kd_loss", student_logits, teacher_logits, mask, reduction)
     return _tempered(rows, student, teacher, temperature, scale_by_temperature)

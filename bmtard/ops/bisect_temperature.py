@@ -64,7 +64,7 @@ def bisect_temperature(
         tolerance: nats; 4 ulp of log C where that is more.
         max_iterations: entropy evaluations at most, 1 to 2**31 - 1.
         method: "halley", a bracketed Halley iteration (3 to 4 evaluations are typical), or
-            "bisection" (about 25).
+            "bisection" (20 to 26).
 
     Returns:
         TemperatureSearch(temperature, entropy, status, iterations): device tensors, 0-d or, with

@@ -227,7 +227,7 @@ class AWPConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """One training run. The defaults are the settings of the published CIFAR-10 script."""
+    """One training run. The defaults are of the published CIFAR-10 script, all but balance.mode."""
 
     data: str = "cifar10"
     """digits, mnist, fashion-mnist, cifar10, cifar100, tiny-imagenet, folder:PATH with train/CLASS
@@ -235,9 +235,10 @@ class TrainConfig:
     data_dir: Path | None = None
     """folder of its files; default: the environment variable BMTARD_DATA"""
     model: str = "resnet-18"
-    """cnn-WIDTH, strided-cnn-WIDTH, resnet-{18,34,50}, preact-resnet-{18,34},
-    resnet-{20,32,44,56,110}, wrn-DEPTH-WIDTH, dm-wrn-DEPTH-WIDTH (DeepMind's), mobilenet-v2, or
-    package.module:function, called with num_classes, for a network of normalised images"""
+    """cnn-WIDTH, strided-cnn-WIDTH, resnet-{18,34,50}, preact-resnet-{18,34}[-raw],
+    resnet-{20,32,44,56,110}, wrn-DEPTH-WIDTH, dm-wrn-DEPTH-WIDTH[-relu] (DeepMind's),
+    mobilenet-v2, or package.module:function, called with num_classes, for a network of normalised
+    images"""
     method: str = "bmtard"
     """natural, sat, fgsm-rs, n-fgsm, trades or mart, which need no teacher; ard, rslad, iad-i or
     adaad, which need a robust one; iad-ii, which needs a robust and a clean one; mtard or bmtard,
