@@ -10,9 +10,9 @@ The names here are those in the repositories:
 - AWP ``utils_awp.AdvWeightPerturb``, ``utils_awp.TradesAWP``.
 
 Each repeats the published procedure: the modes in which the model runs, the forward passes in their
-order (what batch norm counts and where dropout draws), the start of the attack drawn by
-``torch.randn`` on the CPU, clipping, and when gradients are zeroed. In float64 training takes the
-published steps to rounding. Attack and loss run on the fused ops. One thing is saved: where an
+order (what batch norm counts and where dropout draws), the start of the attack (``torch.randn`` on
+the CPU; in AttackPGD ``uniform_`` on the device), clipping, and when gradients are zeroed. In
+float64 training takes the published steps to rounding. Attack and loss run on the fused ops. One thing is saved: where an
 attack has a fixed target, S(x) in eval mode, it is computed once and not once a step. That is the
 same value unless the model draws random numbers in eval mode.
 

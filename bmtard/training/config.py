@@ -289,7 +289,7 @@ class TrainConfig:
     """torch.compile the student"""
     fold_batch_norm: bool = False
     """in attacks in eval mode and in teachers, batch norm as part of the convolution before it: the
-    same up to rounding, and faster"""
+    same up to rounding, and faster; not with compile"""
     sync_batch_norm: bool = False
     """with several processes: batch statistics of the whole batch, not of each process's part; on
     GPUs alone"""
@@ -314,7 +314,7 @@ class TrainConfig:
     validation_steps: int = 20
     """steps of the validation attack, of epsilon / 4 each from a uniform start"""
     test_attacks: tuple[AttackName, ...] = ("fgsm", "pgd-sat")
-    """attacks on the test images after the last epoch"""
+    """attacks on the test images after the last epoch; no transfer-*"""
     log_every: int = 50
     """steps between two lines of metrics.jsonl; only then are device values read"""
     checkpoint_every: int = 1
