@@ -12,9 +12,9 @@ The names here are those in the repositories:
 Each repeats the published procedure: the modes in which the model runs, the forward passes in their
 order (what batch norm counts and where dropout draws), the start of the attack (``torch.randn`` on
 the CPU; in AttackPGD ``uniform_`` on the device), clipping, and when gradients are zeroed. In
-float64 training takes the published steps to rounding. Attack and loss run on the fused ops. One thing is saved: where an
-attack has a fixed target, S(x) in eval mode, it is computed once and not once a step. That is the
-same value unless the model draws random numbers in eval mode.
+float64 training takes the published steps to rounding. Attack and loss run on the fused ops. One
+thing is saved: where an attack has a fixed target, S(x) in eval mode, it is computed once and not
+once a step. That is the same value unless the model draws random numbers in eval mode.
 
 The losses from logits are in :mod:`bmtard.losses`, the attacks in :mod:`bmtard.attacks`.
 """

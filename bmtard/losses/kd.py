@@ -53,7 +53,7 @@ def reverse_kl_loss(
 def jsd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     *,
     beta: float = 0.5,
     mask: Tensor | None = None,
