@@ -130,5 +130,5 @@ def build_model(
     mean: Sequence[float] = (0.0,),
     std: Sequence[float] = (1.0,),
 ) -> Normalize:
-    """The named network behind its normalisation, for images of ``len(mean)`` channels."""
+    """The named network behind its normalisation, for ``len(mean)`` channels (1 without it)."""
     return Normalize(build_network(name, num_classes=num_classes, in_channels=len(mean)), mean, std)
