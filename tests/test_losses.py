@@ -253,6 +253,16 @@ def test_mart_bounds_the_divergence_as_published() -> None:
     assert exact > 1.05 * actual
 
 
+def test_mart_without_the_bound() -> None:
+    """Through another op, with the same gradients by the weight as well."""
+    z, y = random_logits(N, C, scale=1.0), torch.randint(C, (N,))
+    expected, wanted = value_and_gradients(mart, z, y)
+    actual, grads = value_and_gradients(CASES["mart"][1], z, y, eps=0.0)
+    torch.testing.assert_close(actual, expected)
+    for n in STUDENTS:
+        torch.testing.assert_close(grads[n], wanted[n])
+
+
 @pytest.mark.parametrize("name", LABELLED)
 def test_a_label_for_every_token(name: str) -> None:
     """Logits [N, T, C] with labels [N, T], also where T == C, are N * T rows."""
@@ -265,7 +275,7 @@ def test_a_label_for_every_token(name: str) -> None:
         torch.testing.assert_close(grads[n].flatten(0, 1), wanted[n])
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "batchmean"])
+@pytest.mark.parametrize("reduction", ["none", "sum", "batchmean", "mean"])
 @pytest.mark.parametrize("name", [name for name in CASES if name != "mtard"])
 def test_rows_that_do_not_count(name: str, reduction: str) -> None:
     """As if they were not there, whatever they hold."""
@@ -427,6 +437,8 @@ def test_distillation(name: str, temperature: float) -> None:
         plain = actual_of(s, t, y, temperature=temperature, scale_by_temperature=False)
         factor = 1 if name.startswith("jsd") else temperature**2
         np.testing.assert_allclose(plain.item(), each.mean() / factor)
+        scaled = actual_of(s, t, y, temperature=temperature, scale_by_temperature=True)
+        np.testing.assert_allclose(scaled.item(), plain.item() * temperature**2)
 
 
 @pytest.mark.parametrize("name", DISTILLATION)
@@ -567,6 +579,9 @@ def test_mtard_weights_come_from_the_balance() -> None:
         weights = 0.5 * weights + 0.5 * relative / relative.sum()
         weights = weights / weights.sum()
         torch.testing.assert_close(actual, (weights * each).sum().float())
+    # Weights that still hang on a graph are constants.
+    free = each.softmax(0).requires_grad_()
+    assert not losses.mtard_loss(students, teachers, free).requires_grad
 
 
 def test_label_smoothing_is_checked() -> None:
