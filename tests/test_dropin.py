@@ -180,6 +180,17 @@ def test_trades_where_the_gradient_is_zero() -> None:
     assert (seen["ours"][-2] - images(0)[0]).abs().max() > 0.01
 
 
+def test_the_l2_start_alone_is_clipped() -> None:
+    model, (x, y) = network(0), images(0)
+    x = x.round()  # on the bounds
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    dropin.trades_loss(model, x, y, optimizer, perturb_steps=0, distance="l_2")
+    assert not torch.equal(seen[-2], x)
+    assert torch.equal(seen[-2], seen[-2].clamp(0, 1))
+
+
 def test_trades_the_cheaper_form() -> None:
     """Two forward passes in train mode instead of three, and so another training."""
     counted = {}
