@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from bmtard.training.config import (
     METHOD_NAMES,
     AttackConfig,
     AWPConfig,
+    BalanceConfig,
     LossConfig,
     OptimizerConfig,
     TrainConfig,
@@ -347,6 +348,26 @@ def test_methods_of_ones_own() -> None:
         find_method("nowhere:Class")
     with pytest.raises(ValueError, match=r"method must be natural, .* or package\.module:Class"):
         TrainConfig(method="bmtrad")
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "n-fgsm"])
+def test_the_norm_of_the_attack(name: str, batch: tuple[Tensor, Tensor]) -> None:
+    config = replace(CONFIG, method=name, attack=replace(CONFIG.attack, norm="l2"))
+    method = find_method(name)(config, {"robust": teacher(1), "clean": teacher(2)})
+    length = (method.perturb(network(0), *batch) - batch[0]).flatten(1).norm(dim=1)
+    assert 0.9 * EPSILON < length.max() < 1.001 * EPSILON
+
+
+def test_the_balance_has_its_settings() -> None:
+    options = BalanceConfig(
+        mode="sign", temperature_bounds=(2.0, 5.0), temperature_lr=0.01, temperature_momentum=0.5,
+        weight_lr=0.1, loss_exponent=2.0, eps=1e-4,
+    )  # fmt: skip
+    config = replace(CONFIG, method="bmtard", balance=options)
+    method = find_method("bmtard")(config, {"robust": teacher(1), "clean": teacher(2)})
+    for name, value in asdict(options).items():
+        assert value != getattr(BalanceConfig(), name)
+        assert getattr(method.balance, "balance" if name == "mode" else name) == value, name
 
 
 def test_n_fgsm_is_of_the_maximum_norm() -> None:
