@@ -312,6 +312,10 @@ def test_the_configured_attack_is_the_default(batch: tuple[Tensor, Tensor]) -> N
     assert torch.equal(made[0], made[1])
     assert torch.equal(made[0], made[2])
     torch.testing.assert_close(dict(student.state_dict()), before, rtol=0, atol=0)
+    # Batch norm counts the images of each step if it shall.
+    config = replace(CONFIG, method="sat", attack=replace(attack, batch_norm="train"))
+    find_method("sat")(config, {}).perturb(student, x, y)
+    assert student[1].num_batches_tracked == STEPS
 
 
 @pytest.mark.parametrize(
