@@ -198,6 +198,15 @@ def test_jpeg_npz(tmp_path: Path, name: str, file: str, test: str) -> None:
     assert (loaded.test_labels.tolist(), loaded.num_classes) == ([2, 0, 1], 3)
     expected = np.asarray(Image.open(io.BytesIO(files[0]))).transpose(2, 0, 1)
     assert np.array_equal(loaded.train_images[0].numpy(), expected)
+    # Sorted labels are mixed, and the images with them.
+    for split in ("train", test):
+        content[f"y_{split}"] = np.array([0, 1, 2], np.uint8)
+    np.savez(tmp_path / file, **content)
+    loaded = data.load(name, tmp_path)
+    assert loaded.train_labels.tolist() != [0, 1, 2]
+    for image, label in zip(loaded.train_images, loaded.train_labels, strict=True):
+        expected = np.asarray(Image.open(io.BytesIO(files[label])).convert("RGB"))
+        assert np.array_equal(image.numpy(), expected.transpose(2, 0, 1))
     whole = (tmp_path / file).read_bytes()
     (tmp_path / file).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=rf"{file} is not a complete npz"):
@@ -346,6 +355,7 @@ def test_from_dataset() -> None:
     forms: dict[str, list[object]] = {
         "tensors": list(planes),
         "floats": [plane.float() / 255 for plane in planes],
+        "a little off": [(plane / 255).double() * (1 - 1e-6) for plane in planes],
         "arrays": list(pixels),
         "pillow": [Image.fromarray(image) for image in pixels],
     }

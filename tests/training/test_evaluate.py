@@ -86,6 +86,37 @@ def test_published_steps_at_eight_255ths(
     assert options["loss"] == ("cw" if name.endswith("cw") else "ce")
 
 
+def test_attacks_hear_what_was_asked_for(
+    digits: ImageData, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Radius, norm and seed; a random start has a seed of its own for each batch."""
+    seen: list[dict[str, Any]] = []
+
+    def spy(model: Any, x: torch.Tensor, y: torch.Tensor, **options: Any) -> torch.Tensor:
+        if "generator" in options:
+            options["seed"] = options["generator"].initial_seed()
+        seen.append(options)
+        return x
+
+    for name in ("pgd", "square", "autoattack"):
+        monkeypatch.setattr(module, name, spy)
+    monkeypatch.setattr(module, "check_installed", lambda attacks: None)
+    config = EvaluateConfig(
+        attacks=("pgd-sat", "square", "autoattack"), epsilon=0.7, norm="l2", seed=3, limit=60,
+        batch_size=40, sanity=0, square_queries=9, device="cpu", output=tmp_path / "e.json",
+    )  # fmt: skip
+    evaluate(teachers["clean"], config, lambda name, accuracy: None, digits)
+    assert [(one["epsilon"], one["norm"]) for one in seen] == [(0.7, "l2")] * 6
+    assert [one["seed"] for one in seen] == [3 << 20, (3 << 20) + 1, 3, 3, 3, 3]
+    assert [one.get("queries", one.get("square_queries")) for one in seen[2:]] == [9] * 4
+    seen.clear()
+    inputs = (load_network(teachers["clean"])[0], digits.test_images, digits.test_labels)
+    accuracies(*inputs, attacks=["cw"], epsilon=0.1, max_value=16, steps=7)
+    assert seen[0]["steps"] == 7
+    with pytest.raises(ValueError, match=r"images must be in \[0.0, 1.0\] .*, got values in"):
+        accuracies(*inputs, attacks=[], epsilon=0.1, max_value=8)
+
+
 def test_file_and_defaults(teachers: dict[str, Path], tmp_path: Path) -> None:
     config = EvaluateConfig(
         attacks=("fgsm", "transfer-pgd"), limit=50, device="cpu",

@@ -46,6 +46,19 @@ class ShatteredAtImages(torch.autograd.Function):
         return torch.randn(grad.shape, generator=generator)
 
 
+class ReversedElsewhere(torch.autograd.Function):
+    """The identity, whose gradient points down but at images, which are multiples of 1/16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.sign = 1.0 if ((16 * x - (16 * x).round()).abs() < 1e-4).all() else -1.0
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return ctx.sign * grad
+
+
 def failed(report: dict[str, Any]) -> set[str]:
     return {check["name"] for check in report["checks"] if not check["passed"]}
 
@@ -116,6 +129,41 @@ def test_luck_in_the_start_is_noticed(
     report = look(Around(load_network(teachers["clean"])[0], flat_at_images))
     assert {"gradients", "start"} <= failed(report)
     assert "luck in the start decides" in report["verdict"]
+
+
+def test_steps_that_lead_nowhere_are_noticed(
+    look: Callable[..., dict[str, Any]], teachers: dict[str, Path]
+) -> None:
+    """The gradient is right at the images alone, so one step is the better attack."""
+    report = look(Around(load_network(teachers["clean"])[0], ReversedElsewhere.apply))
+    assert "many steps" in failed(report)
+    assert ": the steps lead nowhere." in report["verdict"]
+
+
+def test_restarts_are_counted_together(
+    look: Callable[..., dict[str, Any]], teachers: dict[str, Path]
+) -> None:
+    """A corner that the start alone moves decides whether there is a gradient."""
+
+    def lucky(x: Tensor) -> Tensor:
+        moved = x[:, :, :1, :1] > 0
+        corner = torch.zeros_like(x, dtype=torch.bool)
+        corner[:, :, 0, 0] = True
+        return torch.where(moved, x.detach(), x).masked_fill(corner, 0)
+
+    report = look(Around(load_network(teachers["clean"])[0], lucky))
+    values = next(check for check in report["checks"] if check["name"] == "start")["values"]
+    assert failed(report) >= {"start"}
+    assert values["restarts"] < values["one_start"] - 0.2
+
+
+def test_the_network_is_looked_at_in_eval_mode(
+    look: Callable[..., dict[str, Any]], teachers: dict[str, Path]
+) -> None:
+    network = load_network(teachers["robust"])[0]
+    expected = look(network)
+    assert look(network.train()) == expected
+    assert network.training
 
 
 def test_measured_black_boxes_are_compared(
