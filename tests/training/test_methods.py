@@ -473,6 +473,14 @@ def test_an_error_inside_awp_leaves_the_network_as_it_was() -> None:
         assert torch.equal(value, before[name]), name
 
 
+def test_a_perturbation_that_is_not_finite_is_none() -> None:
+    network = nn.Linear(3, 2)
+    before = network.weight.detach().clone()
+    with perturbed_weights(network, 0.1, lambda: network(torch.rand(4, 3)).sum() * torch.nan):
+        assert torch.equal(network.weight, before)
+    assert torch.equal(network.weight, before)
+
+
 def test_awp_looks_at_the_balance_without_moving_it(
     digits: ImageData, quiet: Any, teachers: dict[str, Path], tmp_path: Path
 ) -> None:

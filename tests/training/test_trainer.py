@@ -199,6 +199,16 @@ def test_learning_rates_follow_the_milestones(
     assert float(trainer.method.balance.weight_lr) == pytest.approx(0.0025)
 
 
+def test_the_learning_rate_moves_with_every_step(
+    config: TrainConfig, digits: ImageData, quiet: Any
+) -> None:
+    optimizer = OptimizerConfig(lr=0.1, schedule="cosine")
+    config = replace(config, method="natural", optimizer=optimizer, log_every=1, test_attacks=())
+    Trainer(config, quiet, digits).run()
+    rates = [row["lr"] for row in read_metrics(config.folder / "metrics.jsonl")]
+    assert rates == pytest.approx([0.1 * optimizer.factor(step / 12) for step in range(12)])
+
+
 def test_schedules() -> None:
     assert OptimizerConfig(schedule="cosine").factor(0.5) == pytest.approx(0.5)
     cyclic = OptimizerConfig(schedule="cyclic")
@@ -240,6 +250,11 @@ def test_a_non_finite_step_changes_nothing(
     after = trainer.network.state_dict()
     assert all(value.isfinite().all() for value in after.values())
     assert not torch.equal(after["network.head.weight"], before["network.head.weight"])
+    # Nor does an average move that is not the network any more.
+    averaged = {name: value.clone() for name, value in trainer.evaluated.state_dict().items()}
+    monkeypatch.setattr(trainer.method, "perturb", lambda student, x, labels: x * math.nan)
+    trainer._train_step(x, y)
+    assert_identical(averaged, dict(trainer.evaluated.state_dict()))
 
 
 def test_too_many_skipped_steps_are_an_error(
@@ -293,6 +308,22 @@ def test_validation_chooses_and_the_test_images_do_not(
     assert result.checkpoint.name == "best.pt"
     assert checkpoint.load(result.checkpoint)["epoch"] == best + 1
     assert len(read_metrics(config.folder / "metrics.jsonl", "test")) == 1
+
+
+def test_the_first_of_the_best_is_tested(
+    config: TrainConfig, digits: ImageData, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, method="natural", epochs=4, validation_fraction=0.25, test_attacks=())
+    trainer = Trainer(config, quiet, digits)
+    marks = iter([0.2, 0.5, 0.5, 0.1])
+    monkeypatch.setattr(trainer, "_validate", lambda: {"weighted": next(marks)})
+    result = trainer.run()
+    network, state = checkpoint.load_network(result.checkpoint)
+    assert state["epoch"] == 2
+    images = (digits.test_images, digits.test_labels)
+    options = {"attacks": (), "epsilon": 0.1, "max_value": 16}
+    assert result.accuracy == accuracies(network, *images, **options)
+    assert result.accuracy != accuracies(trainer.network, *images, **options)
 
 
 def test_validation_every_some_epochs_on_fixed_images(
