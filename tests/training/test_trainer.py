@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bmtard import attacks
-from bmtard.data import ImageData
+from bmtard.data import Batches, ImageData
 from bmtard.ops import _dispatch
 from bmtard.training import checkpoint
 from bmtard.training.config import (
@@ -209,6 +209,21 @@ def test_the_learning_rate_moves_with_every_step(
     assert rates == pytest.approx([0.1 * optimizer.factor(step / 12) for step in range(12)])
 
 
+def test_batches_are_augmented_as_configured(
+    config: TrainConfig, digits: ImageData, quiet: Any
+) -> None:
+    config = replace(config, method="natural", crop_padding=2, flip=True, seed=5)
+    expected = Batches(
+        digits.train_images, digits.train_labels, batch_size=64, max_value=16, shuffle=True,
+        crop_padding=2, flip=True, seed=5,
+    )  # fmt: skip
+    for mine, theirs in zip(
+        Trainer(config, quiet, digits).batches.epoch(1), expected.epoch(1), strict=True
+    ):
+        assert torch.equal(mine[0], theirs[0])
+        assert torch.equal(mine[1], theirs[1])
+
+
 def test_schedules() -> None:
     assert OptimizerConfig(schedule="cosine").factor(0.5) == pytest.approx(0.5)
     cyclic = OptimizerConfig(schedule="cyclic")
@@ -308,6 +323,23 @@ def test_validation_chooses_and_the_test_images_do_not(
     assert result.checkpoint.name == "best.pt"
     assert checkpoint.load(result.checkpoint)["epoch"] == best + 1
     assert len(read_metrics(config.folder / "metrics.jsonl", "test")) == 1
+
+
+def test_validation_looks_at_the_average(
+    config: TrainConfig, digits: ImageData, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that is what best.pt holds."""
+    config = replace(config, method="natural", validation_fraction=0.25, ema=0.9)
+    trainer = Trainer(config, quiet, digits)
+    seen: list[torch.nn.Module] = []
+
+    def spy(network: torch.nn.Module, *rest: Any) -> dict[str, float]:
+        seen.append(network)
+        return {"clean": 0.5, "pgd-sat": 0.5}
+
+    monkeypatch.setattr(trainer, "_accuracies", spy)
+    trainer._validate()
+    assert seen == [trainer.average]
 
 
 def test_the_first_of_the_best_is_tested(
