@@ -17,6 +17,7 @@ from bmtard import attacks
 from bmtard.data import Batches, ImageData
 from bmtard.ops import _dispatch
 from bmtard.training import checkpoint
+from bmtard.training import trainer as module
 from bmtard.training.config import (
     AttackConfig,
     AWPConfig,
@@ -340,6 +341,22 @@ def test_validation_looks_at_the_average(
     monkeypatch.setattr(trainer, "_accuracies", spy)
     trainer._validate()
     assert seen == [trainer.average]
+
+
+def test_networks_are_measured_in_the_norm_of_the_training(
+    config: TrainConfig, digits: ImageData, quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attack = AttackConfig(epsilon=1.5, step_size=0.5, steps=1, norm="l2")
+    config = replace(config, method="natural", epochs=1, validation_fraction=0.25, attack=attack)
+    seen: list[tuple[Any, ...]] = []
+
+    def spy(*inputs: Any, attacks: tuple[str, ...], **options: Any) -> dict[str, float]:
+        seen.append((options["norm"], options["epsilon"]))
+        return dict.fromkeys(("clean", *attacks), 0.5)
+
+    monkeypatch.setattr(module, "accuracies", spy)
+    Trainer(config, quiet, digits).run()
+    assert seen == [("l2", 1.5)] * 2  # validation and test
 
 
 def test_the_first_of_the_best_is_tested(
