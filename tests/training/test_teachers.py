@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from bmtard import cli
 from bmtard.data import ImageData, from_dataset
+from bmtard.models import build_network
 from bmtard.training import checkpoint
 from bmtard.training.config import EvaluateConfig, TrainConfig
 from bmtard.training.evaluate import evaluate
 from bmtard.training.methods import METHODS
 from bmtard.training.metrics import read_metrics
-from bmtard.training.teachers import Teacher, check_teacher, parse_teacher
+from bmtard.training.teachers import Teacher, check_teacher, parse_teacher, sample
 from bmtard.training.trainer import Trainer, train
 
 
@@ -129,6 +130,39 @@ def test_a_guess_may_be_lucky() -> None:
                 check_teacher("a", network, IMAGES, LABELS, 4, batch_size=100)
         else:
             assert check_teacher("a", network, IMAGES, LABELS, 4, batch_size=100) == right / 100
+
+
+def test_naming_the_most_frequent_class_is_guessing() -> None:
+    labels = torch.zeros(100, dtype=torch.int64)
+    labels[:40] = torch.arange(40) % 4
+    network = nn.Module()
+    network.forward = lambda x: F.one_hot(torch.zeros(len(x)).long(), 4) - 0.1  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"70.0 % of 100 .* no more than guessing"):
+        check_teacher("a", network, IMAGES, labels, 4)
+
+
+def test_the_sample_is_of_all_classes(digits: ImageData) -> None:
+    """Also where the data are in the order of the classes, as in many a file."""
+    order = digits.train_labels.argsort(stable=True)
+    data = replace(
+        digits, train_images=digits.train_images[order], train_labels=digits.train_labels[order]
+    )
+    images, labels = sample(data, 50, torch.device("cpu"))
+    assert labels.bincount(minlength=10).min() >= 3
+    assert images.max() == 1.0
+    assert len(sample(data, 10**6, torch.device("cpu"))[1]) == len(order)
+
+
+def test_no_normalisation_overrules_that_of_the_file(digits: ImageData, tmp_path: Path) -> None:
+    network = build_network("cnn-2", num_classes=10, in_channels=1)
+    state = network.state_dict() | {"mu": torch.tensor([0.5]), "sigma": torch.tensor([0.2])}
+    torch.save(state, tmp_path / "net.pt")
+    x = torch.rand(2, 1, 8, 8)
+    expected = {"none": network.eval()(x), "0.5/0.2": network((x - 0.5) / 0.2)}
+    for normalization, logits in expected.items():
+        teacher = parse_teacher(f"robust={tmp_path / 'net.pt'}:cnn-2:{normalization}")
+        loaded = teacher.load(digits, "digits", torch.device("cpu"))
+        torch.testing.assert_close(loaded(x), logits)
 
 
 # ---- in a run ----
