@@ -100,6 +100,10 @@ def test_fgsm_is_one_full_step(model: nn.Module, images: tuple[Tensor, Tensor]) 
     grad = torch.autograd.grad(F.cross_entropy(model(leaf), y), leaf)[0]
     expected = (x + 0.1 * grad.sign()).clamp(0, 1)
     torch.testing.assert_close(attacks.fgsm(model, x, y, epsilon=0.1), expected)
+    free = attacks.fgsm(model, x, y, epsilon=0.1, bounds=None)
+    torch.testing.assert_close(free, x + 0.1 * grad.sign())
+    attacks.fgsm(model, x, y, mode="train")
+    assert model[1].num_batches_tracked == 1
 
 
 def test_carlini_wagner_formula() -> None:

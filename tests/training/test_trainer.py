@@ -225,6 +225,17 @@ def test_batches_are_augmented_as_configured(
         assert torch.equal(mine[1], theirs[1])
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_each_step_has_a_start_of_its_own(
+    parts: int, config: TrainConfig, digits: ImageData, quiet: Any
+) -> None:
+    attack = replace(config.attack, random_start="uniform")
+    config = replace(config, method="sat", accumulate=parts, attack=attack)
+    trainer = Trainer(config, quiet, digits)
+    x, y = next(trainer.batches.epoch(0))
+    assert not torch.equal(trainer._perturb(x, y), trainer._perturb(x, y))
+
+
 def test_schedules() -> None:
     assert OptimizerConfig(schedule="cosine").factor(0.5) == pytest.approx(0.5)
     cyclic = OptimizerConfig(schedule="cyclic")
