@@ -14,7 +14,6 @@ import pickle
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -383,29 +382,20 @@ def _mixing(labels: Tensor) -> Tensor:
     return torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
 
 
+# Labels [N], and what gives name and content of an image file by its place among them.
+_Split = tuple[Tensor, Callable[[int], tuple[str, bytes]]]
+
+
 def _image_files(
     name: str, train: list[tuple[Path, int]], test: list[tuple[Path, int]], num_classes: int
 ) -> ImageData:
     """Data of image files and their labels."""
-    size: tuple[int, int] | None = None
-    images: list[Tensor] = []
-    labels: list[Tensor] = []
-    for items in (train, test):
-        given = torch.tensor([label for _, label in items])
-        order = _mixing(given)
-        paths = [items[index][0] for index in order.tolist()]
-        files = ((str(path), _read_bytes(path)) for path in paths)
-        images.append(_decode(len(items), files, size))
-        labels.append(given[order])
-        size = (images[0].shape[3], images[0].shape[2])
-    return ImageData(
-        name=name,
-        train_images=images[0],
-        train_labels=labels[0],
-        test_images=images[1],
-        test_labels=labels[1],
-        num_classes=num_classes,
-    )
+
+    def split(items: list[tuple[Path, int]]) -> _Split:
+        labels = torch.tensor([label for _, label in items])
+        return labels, lambda index: (str(items[index][0]), _read_bytes(items[index][0]))
+
+    return _decoded(name, split(train), split(test), num_classes)
 
 
 def from_dataset(
@@ -649,9 +639,6 @@ def _cifar(
 
 def _load_jpeg_npz(name: str, path: Path, test: str) -> ImageData:
     """Keys SPLIT_jpeg (all files, concatenated), SPLIT_offset [N + 1], y_SPLIT; class_names."""
-    splits: list[Tensor] = []
-    mixed: list[Tensor] = []
-    size: tuple[int, int] | None = None
     try:
         with open(path, "rb") as file, np.load(file) as archive:
             arrays = {key: archive[key] for key in archive.files}
@@ -663,25 +650,37 @@ def _load_jpeg_npz(name: str, path: Path, test: str) -> ImageData:
         labels = [torch.from_numpy(arrays[f"y_{split}"].astype(np.int64)) for split, *_ in parts]
     except Exception as error:  # damaged archives raise many kinds
         raise ValueError(f"{path} is not a complete npz of JPEG bytes: {error!r}") from None
-    for (split, joined, offset), target in zip(parts, labels, strict=True):
+
+    def checked(split: str, joined: bytes, offset: list[int], target: Tensor) -> _Split:
         if len(offset) != len(target) + 1 or offset != sorted(offset) or offset[-1] > len(joined):
             raise ValueError(
                 f"{path}: {split}_offset must be {len(target) + 1} ascending positions in the "
                 f"{len(joined)} bytes of {split}_jpeg"
             )
-        places, order = list(pairwise(offset)), _mixing(target)
-        files = (
-            (f"{path}, image {index} of {split}", joined[slice(*places[index])])
-            for index in order.tolist()
+        return target, lambda index: (
+            f"{path}, image {index} of {split}",
+            joined[offset[index] : offset[index + 1]],
         )
-        mixed.append(target[order])
-        splits.append(_decode(len(target), files, size))
-        size = (splits[0].shape[3], splits[0].shape[2])
+
+    train, held = (checked(*part, target) for part, target in zip(parts, labels, strict=True))
+    return _decoded(name, train, held, num_classes)
+
+
+def _decoded(name: str, train: _Split, test: _Split, num_classes: int) -> ImageData:
+    """Data of two splits of image files, each in its mixed order."""
+    size: tuple[int, int] | None = None
+    images: list[Tensor] = []
+    mixed: list[Tensor] = []
+    for labels, read in (train, test):
+        order = _mixing(labels)
+        images.append(_decode(len(labels), (read(index) for index in order.tolist()), size))
+        mixed.append(labels[order])
+        size = (images[0].shape[3], images[0].shape[2])
     return ImageData(
         name=name,
-        train_images=splits[0],
+        train_images=images[0],
         train_labels=mixed[0],
-        test_images=splits[1],
+        test_images=images[1],
         test_labels=mixed[1],
         num_classes=num_classes,
     )

@@ -39,6 +39,11 @@ def save(path: Path, state: dict[str, Any], *, previous: Path | None = None) -> 
     write_bytes(path, content.getbuffer())
 
 
+def resumable(folder: Path) -> bool:
+    """Whether a run can go on from a checkpoint in ``folder``."""
+    return any((folder / name).exists() for name in ("last.pt", "previous.pt"))
+
+
 def load(path: Path) -> dict[str, Any]:
     """Reads a checkpoint of :func:`save` to the CPU; runs no code from the file.
 

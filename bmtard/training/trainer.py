@@ -84,7 +84,7 @@ class Trainer:
         self.config, self.progress, self.folder = config, progress, config.folder
         self.ranks = ranks
         anew = not (config.resume or config.overwrite or config.replay)
-        if anew and any((self.folder / name).exists() for name in ("last.pt", "previous.pt")):
+        if anew and checkpoint.resumable(self.folder):
             raise ValueError(
                 f"{self.folder} already holds a run: resume it, overwrite it, or choose another "
                 "output"
@@ -616,7 +616,7 @@ class Trainer:
 
     def _resume(self) -> None:
         last, previous = self.folder / "last.pt", self.folder / "previous.pt"
-        if not last.exists() and not previous.exists():
+        if not checkpoint.resumable(self.folder):
             self.progress.note(f"no checkpoint in {self.folder} yet: begins with the first epoch")
             return
         try:

@@ -20,6 +20,8 @@ class MTARD(Method):
     """
 
     needs = ("robust", "clean")
+    watched: tuple[str, ...] = ("weights", "losses", "initial_losses")
+    """buffers of the balance that metrics.jsonl shows"""
 
     @classmethod
     def roles(cls, given: Sequence[str]) -> tuple[str, ...]:
@@ -56,12 +58,13 @@ class MTARD(Method):
         self.balance.weight_lr.fill_(factor * self.config.balance.weight_lr)
 
     def observed(self) -> dict[str, Tensor]:
-        names = ("weights", "losses", "initial_losses")
-        return {name: getattr(self.balance, name) for name in names}
+        return {name: getattr(self.balance, name) for name in self.watched}
 
 
 class BMTARD(MTARD):
     """Balanced temperatures and weights; see :class:`bmtard.BMTARDLoss`."""
+
+    watched = ("temperatures", "entropies", *MTARD.watched)
 
     def build_balance(self, options: BalanceConfig) -> NormalizationLossBalance | BMTARDLoss:
         return BMTARDLoss(
@@ -89,7 +92,3 @@ class BMTARD(MTARD):
     def moves_after_use(self) -> list[Tensor]:
         assert isinstance(self.balance, BMTARDLoss)
         return [self.balance.temperatures] if self.balance.balance == "sign" else []
-
-    def observed(self) -> dict[str, Tensor]:
-        names = ("temperatures", "entropies", "weights", "losses", "initial_losses")
-        return {name: getattr(self.balance, name) for name in names}

@@ -150,9 +150,9 @@ def run_training(job: Job, progress: Progress) -> None:
         _tidy(job.folder)
         write_json(job.folder / SETTINGS, job.settings)
         write_json(job.folder / MACHINE, _machine(resolve_device(job.train.device)))
-        resume = any((job.folder / name).exists() for name in ("last.pt", "previous.pt"))
         data = _data(job)
-        train(replace(job.train, resume=resume), _Training(progress, job), data)
+        config = replace(job.train, resume=checkpoint.resumable(job.folder))
+        train(config, _Training(progress, job), data)
 
 
 def run_evaluation(job: Job, surrogates: dict[str, Path], progress: Progress) -> str:
